@@ -1,0 +1,270 @@
+"""The command line: parse, call, print. One function per command; only those that need torch import it."""
+
+import argparse
+import re
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from minidit import __version__
+from minidit.presets import PRESETS
+
+EXAMPLE = 'example: python -m minidit generate "a red circle moves left to right" --output circle.mp4'
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code. A user's mistake is one line on stderr and exit code 2."""
+    args = parser().parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    try:
+        args.command(args)
+    except KeyboardInterrupt:
+        print("minidit: interrupted; nothing half-written was left", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if args.debug:
+            raise
+        print(f"minidit: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def dashed(argv: list[str]) -> list[str]:
+    """Flags written with underscores, as diffusers writes them: --num_frames is --num-frames."""
+    return [
+        re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) if a.startswith("--") else a for a in argv
+    ]
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, with its type where the message alone says too little."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    if "out of memory" in text.lower():
+        return f"{text}; try a smaller --size, fewer --num-frames, or --dtype bf16"
+    return f"{type(error).__name__}: {text}" if isinstance(error, RuntimeError) or not text else text
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Prompts to video files."""
+    from minidit.generate import Choices, Engine
+    from minidit.video import check_output, read_settings
+
+    past = read_settings(args.from_file) if args.from_file else {}
+    jobs = list_jobs(args, past)
+    for _, output in jobs:
+        check_output(output)
+    model, dtype = args.model or past.get("model", "demo"), args.dtype or past.get("dtype")
+    engine = Engine(
+        model, device=args.device, dtype=dtype, verify=args.verify, keep_text_encoder=len(jobs) > 1
+    )
+    if past and not args.model and past["model_id"] != engine.model_id:
+        raise ValueError(
+            f"{args.from_file} was made by model {past['model_id']}, {model} is {engine.model_id}; "
+            f"name a model with --model to use its settings all the same"
+        )
+    names = [f.name for f in fields(Choices)]
+    chosen = {name: past[name] for name in names if name in past}
+    chosen |= {name: value for name in names if (value := getattr(args, name)) is not None}
+    choices = Choices(**chosen)
+    settings = [
+        (engine.resolve(prompt, replace(choices, seed=choices.seed + 1000 * index)), output)
+        for index, (prompt, output) in enumerate(jobs)
+    ]
+    for number, (one, output) in enumerate(settings, 1):
+        print(f"[{number}/{len(settings)}] {output}: " if len(settings) > 1 else "", end="")
+        print(describe(one))
+        make_video(engine, one, output, quiet=args.quiet)
+
+
+def make_video(engine, settings, output: Path, *, quiet: bool) -> None:
+    """One video, its latents saved before they are decoded."""
+    from minidit.generate import Stopwatch, save_latents
+    from minidit.video import write_video
+
+    watch = Stopwatch()
+    latents_path = output.with_name(output.stem + ".latents.safetensors")
+    with watch.stage("text"):
+        text = engine.encode(settings)
+    with watch.stage("load"):
+        engine.module("transformer")
+    with watch.stage("denoise"):
+        latents = engine.denoise(settings, text, progress=not quiet)
+    save_latents(latents_path, latents, settings)
+    try:
+        with watch.stage("decode"):
+            frames = engine.decode(latents, progress=not quiet)
+        with watch.stage("write"):
+            write_video(output, frames, fps=settings.fps, settings=asdict(settings))
+    except BaseException:
+        print(
+            f"latents are in {latents_path}; python -m minidit decode {latents_path} finishes",
+            file=sys.stderr,
+        )
+        raise
+    latents_path.unlink()
+    print(f"{output}  " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in watch.seconds.items()))
+
+
+def decode(args: argparse.Namespace) -> None:
+    """Saved latents to a video file."""
+    from minidit.generate import Engine, load_latents
+    from minidit.video import check_output, write_video
+
+    latents, settings = load_latents(args.latents)
+    output = args.output or args.latents.with_name(
+        args.latents.name.removesuffix(".latents.safetensors") + ".mp4"
+    )
+    check_output(output)
+    engine = Engine(args.model or settings.model, device=args.device, dtype=args.dtype or settings.dtype)
+    if engine.model_id != settings.model_id and not args.model:
+        raise ValueError(f"{args.latents} is of model {settings.model_id}; name its folder with --model")
+    frames = engine.decode(latents, progress=not args.quiet)
+    write_video(output, frames, fps=settings.fps, settings=asdict(settings))
+    print(output)
+
+
+def models(args: argparse.Namespace) -> None:
+    """What can be run: the embedded model and the releases that weights_convert turns into model folders."""
+    rows = [("name", "family", "width x depth", "size", "frames", "steps")]
+    for name, preset in PRESETS.items():
+        t, d = preset.transformer, preset.defaults
+        size = f"{d.width}x{d.height}"
+        shape = f"{t.width} x {t.depth}"
+        rows.append((name, preset.family, shape, size, str(d.num_frames), str(d.steps)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    print(
+        "demo is the embedded model; the releases run from a folder that python -m weights_convert makes.\n"
+    )
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Parameters, multiply-adds and memory of a model, without running it."""
+    from minidit.costs import report
+
+    print(report(args.model, (args.width, args.height, args.num_frames), args.dtype))
+
+
+def list_jobs(args: argparse.Namespace, past: dict) -> list[tuple[str, Path]]:
+    """(prompt, output file) of every video that was asked for."""
+    if args.prompt is not None and args.prompts:
+        raise ValueError("give a prompt or --prompts FILE, not both")
+    if args.prompts:
+        lines = [
+            line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+        if not lines:
+            raise ValueError(f"{args.prompts} holds no prompts; write one per line")
+        folder = args.output or Path(".")
+        folder.mkdir(parents=True, exist_ok=True)
+        return [(line, folder / f"{i:03d}-{slug(line)}.mp4") for i, line in enumerate(lines)]
+    prompt = args.prompt if args.prompt is not None else past.get("prompt")
+    if prompt is None:
+        raise ValueError(f"no prompt was given; {EXAMPLE}")
+    return [(prompt, args.output or Path(f"{slug(prompt)}.mp4"))]
+
+
+def slug(prompt: str) -> str:
+    """A file name from a prompt: letters and digits of any script, joined by dashes, at most 60."""
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "video"
+
+
+def describe(settings) -> str:
+    """The resolved settings, one line to read before the run starts."""
+    s = settings
+    negative = f" negative={s.negative_prompt!r}" if s.negative_prompt else ""
+    return (
+        f"{s.prompt!r}{negative}\n"
+        f"  {s.width}x{s.height}, {s.num_frames} frames at {s.fps:g} fps · seed {s.seed} · {s.steps} steps "
+        f"{s.solver} ({s.sigma_grid} grid), shift {s.flow_shift:g}, guidance {s.guidance_scale:g}\n"
+        f"  {s.model} ({s.model_id}) · {s.dtype} on {s.device} · residual {s.residual} · "
+        f"attention {s.attention} · {'batched' if s.batched_guidance else 'sequential'} guidance · "
+        f"cache {s.cache}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser("python -m minidit", description="Video generation with caching woven in.")
+    top.add_argument("--version", action="version", version=f"minidit {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    add = lambda name, run: add_command(commands, name, run)
+
+    p = add("generate", generate)
+    p.add_argument("prompt", nargs="?", help="what the video shows")
+    p.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one prompt per line; --output is then a folder"
+    )
+    p.add_argument(
+        "--from", dest="from_file", type=Path, metavar="FILE", help="make a video of minidit's again"
+    )
+    p.add_argument("--output", type=Path, metavar="FILE", help=".mp4, .gif, .png or .npz")
+    add_engine_flags(p)
+    p.add_argument("--verify", action="store_true", help="compare the model's files with their sha256 first")
+    p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    p.add_argument("--seed", type=int, help="of the starting noise, the same on every device (0)")
+    add_size_flags(p)
+    p.add_argument("--steps", "--num-inference-steps", type=int, dest="steps", metavar="N")
+    p.add_argument("--guidance-scale", type=float, metavar="S", help="1 turns guidance off")
+    p.add_argument(
+        "--flow-shift", type=float, metavar="S", help="more than 1 spends more steps on high noise"
+    )
+    p.add_argument("--solver", help="unipc, dpm++ or euler")
+    p.add_argument("--sigma-grid", help="wan or diffusers: whose noise levels to visit")
+    p.add_argument("--fps", type=float, help="of the file; the model does not see it")
+    p.add_argument("--cache", metavar="SPEC", help="caching method (none)")
+    p.add_argument("--attention", metavar="BACKEND", help="auto, flash, cudnn, efficient or math")
+    p.add_argument("--residual", metavar="DTYPE", help="dtype between blocks; fp32 is the original's")
+
+    p = add("decode", decode)
+    p.add_argument("latents", type=Path, help="a .latents.safetensors that generate left behind")
+    p.add_argument("--output", type=Path, metavar="FILE", help=".mp4, .gif, .png or .npz")
+    add_engine_flags(p)
+
+    add("models", models)
+
+    p = add("inspect", inspect)
+    p.add_argument(
+        "--model", default="demo", help="a model folder, demo (default), or a release such as wan2.1-t2v-14b"
+    )
+    add_size_flags(p)
+    p.add_argument("--dtype", default="bf16", help="bf16 (default), fp32 or fp16")
+    return top
+
+
+def add_command(commands, name: str, run) -> argparse.ArgumentParser:
+    p = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+    p.set_defaults(command=run)
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return p
+
+
+def add_engine_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", metavar="FOLDER", help="a folder from weights_convert, or demo (default)")
+    p.add_argument("--device", help="cuda where there is one, else cpu")
+    p.add_argument("--dtype", help="fp32, bf16 or fp16; bf16 on a GPU, fp32 on a CPU")
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def add_size_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--size", type=size, metavar="WxH", action=SizeAction, help="width and height")
+    p.add_argument("--width", type=int)
+    p.add_argument("--height", type=int)
+    p.add_argument("--num-frames", type=int, metavar="N")
+
+
+def size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[xX*](\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 832x480")
+    return int(match[1]), int(match[2])
+
+
+class SizeAction(argparse.Action):
+    """--size WxH fills width and height."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.width, namespace.height = values
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""Noise schedules of flow matching and the solvers that step along them: Euler, DPM++ and UniPC.
+
+A sample at noise level sigma is x = (1 - sigma) * x0 + sigma * noise, and a model predicts the velocity
+v = noise - x0, so that x0 = x - sigma * v. Every step from sigma to sigma_next keeps the share
+ratio = sigma_next / sigma of the sample and fills the rest with a guess of x0,
+
+    x_next = ratio * x + (1 - ratio) * guess,
+
+and the solvers differ in the guess alone. Euler takes the x0 of this step. DPM++ (2M, midpoint; Lu et al.,
+2022) continues the line through the last two x0 in lam = log((1 - sigma) / sigma). UniPC (order 2, bh2; Zhao
+et al., 2023) predicts as DPM++ does, but first redoes the previous step with the x0 it has led to. Papers
+write 1 - ratio as alpha_next * (1 - exp(-h)) with h = lam_next - lam. Under flow matching, alpha = 1 - sigma,
+the two are equal, and ours needs no care where lam is infinite.
+
+Tables are Python floats on the host, so a step is a few fused tensor operations and never waits for the GPU.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minidit.presets import ScheduleConfig
+
+TRAIN_STEPS = 1000  # a model is told timestep = 1000 * sigma
+
+
+class State(NamedTuple):
+    """A solver's history, which a run needs beside x to go on. Entries have the shape of x.
+
+    To save it, take state._asdict() without the entries that are None; State(**saved) restores it.
+    """
+
+    x0: Tensor | None = None  # guessed by the last step
+    x0_before: Tensor | None = None  # by the step before it
+    corrected: Tensor | None = None  # what the last step started from, after UniPC's correction
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of a run is told, to policies and progress as well."""
+
+    i: int  # counted from 0; timesteps may coincide, so this alone says where a run is
+    n: int
+    t: float  # what the model is told
+    sigma: float
+    guidance: float
+    expert: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of a run and how to go from one to the next. Made by make_schedule."""
+
+    solver: str
+    sigmas: tuple[float, ...]  # n + 1, falling; the last is 0
+    timesteps: tuple[float, ...]  # n; whole numbers for unipc and dpm++
+    train_steps: int = TRAIN_STEPS
+    needs_noise: int = 0  # tensors of fresh noise that each step takes: these solvers are deterministic
+
+    def steps(self, guidance: float | Sequence[float]) -> tuple[Step, ...]:
+        """The run as a table; guidance is one number or one per step."""
+        n = len(self.timesteps)
+        table = (guidance,) * n if isinstance(guidance, int | float) else tuple(guidance)
+        if len(table) != n:
+            raise ValueError(f"guidance has {len(table)} values for {n} steps; give one number or {n}")
+        rows = zip(self.timesteps, self.sigmas, table, strict=False)  # sigmas has the final 0 too many
+        return tuple(Step(i, n, t, sigma, g) for i, (t, sigma, g) in enumerate(rows))
+
+    def start(self) -> State:
+        """The history before step 0: none."""
+        return State()
+
+    def step(
+        self, i: int, x: Tensor, prediction: Tensor, state: State, noise: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, State]:
+        """Step i, from sigmas[i] to sigmas[i + 1]. Pure: nothing is remembered between calls.
+
+        x fp32, any shape · prediction like x, half precision allowed, the velocity at (x, timesteps[i])
+        · state of step i - 1 -> (x_next, state of this step), which may hold x itself: do not write into x
+        """
+        check_step(self, i, x, prediction, state, noise)
+        if self.solver == "euler":
+            return euler_step(self.sigmas, i, x, prediction, state)
+        if self.solver == "dpm++":
+            return dpm_step(self.sigmas, i, x, prediction, state)
+        return unipc_step(self.sigmas, i, x, prediction, state)
+
+
+def make_schedule(config: ScheduleConfig, steps: int) -> Schedule:
+    """The schedule of a run of that many steps.
+
+    Sigmas are rounded to float32, as upstream schedulers do: near sigma 1, lam shows it. Timesteps are
+    1000 * sigma: for unipc and dpm++ cut to whole numbers before that rounding, for euler float32 after it.
+    """
+    check_config(config, steps)
+    grid = GRIDS[config.solver][config.sigma_grid](steps, config.shift)
+    sigmas = float32(grid + [0.0])
+    if any(a <= b for a, b in pairwise(sigmas)):
+        raise ValueError(
+            f"shift={config.shift} puts two of {steps} steps on one noise level; choose one nearer 1"
+        )
+    if config.solver == "euler":
+        timesteps = float32([TRAIN_STEPS * sigma for sigma in sigmas[:-1]])
+    else:
+        timesteps = tuple(int(TRAIN_STEPS * sigma) for sigma in grid)
+    return Schedule(config.solver, sigmas, timesteps)
+
+
+def float32(values: Sequence[float]) -> tuple[float, ...]:
+    """Each value rounded to float32."""
+    return tuple(torch.tensor(values, dtype=torch.float32).tolist())
+
+
+def shifted(sigma: float | Tensor, shift: float) -> float | Tensor:
+    """Spend more steps (shift > 1) or fewer (shift < 1) at high noise; 0 and 1 stay where they are."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def linspace(first: float, last: float, count: int) -> list[float]:
+    """count numbers from first to last, in numpy's order of operations: cut timesteps show the last bit."""
+    if count == 1:
+        return [first]
+    stride = (last - first) / (count - 1)
+    return [first + k * stride for k in range(count - 1)] + [last]
+
+
+def plain_sigmas(n: int, shift: float) -> list[float]:
+    """From exactly 1 in even strides to 0, then shifted: Wan's dpm++ and HunyuanVideo's euler.
+
+    Wan has no Euler of its own; sigma_grid "wan" with euler means this grid.
+    """
+    return [shifted(sigma, shift) for sigma in linspace(1.0, 0.0, n + 1)[:-1]]
+
+
+def wan_unipc_sigmas(n: int, shift: float) -> list[float]:
+    """Wan-Video/Wan2.1 wan/utils/fm_solvers_unipc.py: as plain_sigmas, but from the first sigma below 1."""
+    (highest,) = float32([1 - 1 / TRAIN_STEPS])
+    return [shifted(sigma, shift) for sigma in linspace(highest, 0.0, n + 1)[:-1]]
+
+
+def diffusers_unipc_sigmas(n: int, shift: float) -> list[float]:
+    """diffusers 0.42 UniPCMultistepScheduler(use_flow_sigmas=True): even strides to 0.001, not to 0."""
+    sigmas = [shifted(sigma, shift) for sigma in linspace(1.0, 1 / TRAIN_STEPS, n + 1)[:-1]]
+    return [sigmas[0] - 1e-6] + sigmas[1:]  # at 1, lam would be infinite
+
+
+def diffusers_euler_sigmas(n: int, shift: float) -> list[float]:
+    """diffusers 0.42 FlowMatchEulerDiscreteScheduler: the lowest sigma is shifted twice."""
+    lowest = shifted(torch.tensor(1 / TRAIN_STEPS, dtype=torch.float32), shift)  # upstream's precision
+    return [shifted(sigma, shift) for sigma in linspace(1.0, lowest.item(), n)]
+
+
+# Solver and sigma_grid -> (n, shift) -> the n sigmas of a run, falling from 1 or less.
+GRIDS = {
+    "unipc": {"wan": wan_unipc_sigmas, "diffusers": diffusers_unipc_sigmas},
+    "dpm++": {"wan": plain_sigmas},
+    "euler": {"wan": plain_sigmas, "diffusers": diffusers_euler_sigmas},
+}
+
+
+def x0_from_velocity(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
+    """x0 = x - sigma * v."""
+    return torch.add(x, velocity, alpha=-sigma)
+
+
+def toward(x: Tensor, guess: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """x_next = ratio * x + (1 - ratio) * guess, ratio = sigma_next / sigma; the guess if sigma_next = 0."""
+    return torch.lerp(guess, x, sigma_next / sigma)
+
+
+def log_snr(sigma: float) -> float:
+    """lam = log((1 - sigma) / sigma), -inf at sigma 1."""
+    return -math.inf if sigma == 1 else math.log((1 - sigma) / sigma)
+
+
+def extrapolation(lam_prev: float, lam: float, lam_next: float) -> float:
+    """c in guess = x0 + c * (x0 - x0_prev): the line through both x0, read off in the middle of the step.
+
+    c = h / (2 * (lam - lam_prev)), h = lam_next - lam; 0 if lam_prev is -inf.
+    """
+    return (lam_next - lam) / (2 * (lam - lam_prev))
+
+
+def corrector_weights(lam_before: float, lam_prev: float, lam: float) -> tuple[float, float]:
+    """(w_before, w) in guess = x0_prev + w_before * (x0_before - x0_prev) + w * (x0 - x0_prev), of order 2.
+
+    UniPC's bh2 with h = lam - lam_prev, r = (lam_before - lam_prev) / h, phi = exp(-h) - 1:
+    rho_before + rho = b1 and r * rho_before + rho = b2; w_before = rho_before / r, w = rho.
+    """
+    h = lam - lam_prev
+    r = (lam_before - lam_prev) / h  # below 0
+    phi = math.expm1(-h)
+    excess = phi / -h - 1
+    b1 = excess / phi
+    b2 = 2 * (excess / -h - 0.5) / phi
+    rho_before = (b1 - b2) / (1 - r)
+    return rho_before / r, b1 - rho_before
+
+
+def euler_step(sigmas: Sequence[float], i: int, x: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+    """x_next = x + (sigma_next - sigma) * v."""
+    return torch.add(x, v, alpha=sigmas[i + 1] - sigmas[i]), state
+
+
+def dpm_guess(sigmas: Sequence[float], i: int, x0: Tensor, x0_prev: Tensor | None) -> Tensor:
+    """The guess of the step from sigmas[i]: extrapolated, but on the first and the last step x0 itself."""
+    if i == 0 or i == len(sigmas) - 2:
+        return x0
+    c = extrapolation(*(log_snr(sigma) for sigma in sigmas[i - 1 : i + 2]))
+    return torch.lerp(x0_prev, x0, 1 + c)
+
+
+def dpm_step(sigmas: Sequence[float], i: int, x: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+    """DPM-Solver++(2M), midpoint. Follows Wan-Video/Wan2.1 wan/utils/fm_solvers.py."""
+    x0 = x0_from_velocity(x, v, sigmas[i])
+    guess = dpm_guess(sigmas, i, x0, state.x0)
+    return toward(x, guess, sigmas[i], sigmas[i + 1]), State(x0=x0)
+
+
+def unipc_correct(sigmas: Sequence[float], i: int, x0: Tensor, state: State) -> Tensor:
+    """Redo the step that led to sigmas[i] with the x0 found there. -> the corrected sample at sigmas[i]"""
+    if i == 1:  # order 1: the mean of both ends
+        guess = torch.lerp(state.x0, x0, 0.5)
+    else:
+        w_before, w = corrector_weights(*(log_snr(sigma) for sigma in sigmas[i - 2 : i + 1]))
+        guess = torch.lerp(state.x0, x0, w).add_(state.x0_before - state.x0, alpha=w_before)
+    return toward(state.corrected, guess, sigmas[i - 1], sigmas[i])
+
+
+def unipc_step(sigmas: Sequence[float], i: int, x: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+    """UniPC of order 2, bh2. Follows Wan-Video/Wan2.1 wan/utils/fm_solvers_unipc.py."""
+    x0 = x0_from_velocity(x, v, sigmas[i])  # of the sample that the model saw, not of the corrected one
+    corrected = x if i == 0 else unipc_correct(sigmas, i, x0, state)
+    guess = dpm_guess(sigmas, i, x0, state.x0)
+    x_next = toward(corrected, guess, sigmas[i], sigmas[i + 1])
+    return x_next, State(x0=x0, x0_before=state.x0, corrected=corrected)
+
+
+def check_config(config: ScheduleConfig, steps: int) -> None:
+    """ValueError unless make_schedule can follow this config."""
+    if config.solver not in GRIDS:
+        raise ValueError(f"unknown solver {config.solver!r}; choose one of {', '.join(GRIDS)}")
+    grids = GRIDS[config.solver]
+    if config.sigma_grid not in grids:
+        came = f"no sigma_grid {config.sigma_grid!r} for solver {config.solver!r}"
+        raise ValueError(f"{came} has been checked against its original; choose one of {', '.join(grids)}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps} is not a whole number of at least 1; ask for 1 step or more")
+    if not 0 < config.shift < math.inf:
+        raise ValueError(f"shift={config.shift} is not a finite number above 0; give 1 for no shift")
+
+
+def history_needed(solver: str, i: int) -> tuple[str, ...]:
+    """The entries of State that step i reads."""
+    if solver == "euler" or i == 0:
+        return ()
+    if solver == "dpm++":
+        return ("x0",)
+    return ("x0", "corrected") if i == 1 else ("x0", "x0_before", "corrected")
+
+
+def check_step(
+    schedule: Schedule, i: int, x: Tensor, prediction: Tensor, state: State, noise: Sequence[Tensor] | None
+) -> None:
+    """ValueError or TypeError unless Schedule.step can do step i with these."""
+    n = len(schedule.timesteps)
+    if not 0 <= i < n:
+        raise ValueError(f"step {i} is not one of this schedule's {n}; count from 0 to {n - 1}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"step {i}: x is {x.dtype}, too coarse to add small steps to; pass x.float()")
+    if prediction.shape != x.shape:
+        got = f"prediction {tuple(prediction.shape)}, x {tuple(x.shape)}"
+        raise ValueError(f"step {i}: {got}; they must be alike (drop what else the model predicts)")
+    missing = [name for name in history_needed(schedule.solver, i) if getattr(state, name) is None]
+    if missing:
+        came = f"step {i} of {schedule.solver}: no {', '.join(missing)} in the state"
+        raise ValueError(f"{came}; pass the state that step {i - 1} returned")
+    count = len(noise) if noise is not None else 0
+    if count != schedule.needs_noise:
+        raise ValueError(
+            f"step {i}: {count} noise tensors given; pass needs_noise={schedule.needs_noise} of them"
+        )

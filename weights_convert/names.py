@@ -1,0 +1,121 @@
+"""Name tables, one line per upstream tensor name, and the check that a table accounts for everything.
+
+A line reads `"upstream name": "our name"`. `{}` stands for one part of a dotted name and is carried over in
+order. A note in brackets says what happens on the way:
+
+    "time_projection.1.{}": "time_mod.{}"                         as it is
+    "blocks.{}.self_attn.k.{}": "blocks.{}.attn.qkv.{} (2 of 3)"  the second of three parts on dimension 0
+    "blocks.{}.modulation": "blocks.{}.mod (squeeze)"             (1, 6, D) -> (6, D): dimensions of size 1 go
+    "patch_embedding.weight": "patch_in.weight (flat)"            (D, C, ...) -> (D, C * ...): a patch a row
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from minidit.weights import listing
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of upstream file names its tensors, and how a config follows from it."""
+
+    component: str  # transformer, text_encoder, vae
+    family: str
+    class_name: str  # a key of weights.CONFIGS
+    origin: str  # original, diffusers or transformers
+    signs: tuple[str, ...]  # tensor names; a file with all of them has this layout
+    build: Callable[[Any], nn.Module]
+    config: Callable[
+        [Shapes, dict], dict
+    ]  # (shapes, config.json or {}) -> fields of our config, as far as known
+    table: Callable[[Any, Shapes], dict[str, str]]  # (config, shapes) -> lines
+    is_config: str = ""  # a key of this layout's config.json; "": it has none
+    drop: dict[str, str] = field(default_factory=dict)  # upstream name -> reason
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An upstream tensor on its way to (a part of) one of ours."""
+
+    upstream: str
+    shape: Shape  # after the reshape
+    part: int  # from 0
+    parts: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Where everything goes; `problems` is empty when every tensor on both sides has exactly one partner."""
+
+    pieces: dict[str, list[Piece]]  # our name -> its parts in order
+    dropped: dict[str, str]
+    problems: list[str]
+
+
+LINE = re.compile(r"(?P<name>\S+)(?: \((?:(?P<part>\d) of (?P<parts>\d)|(?P<reshape>flat|squeeze))\))?")
+
+
+def fit(shapes: Shapes, targets: Shapes, table: dict[str, str], drop: dict[str, str]) -> Fit:
+    """Send each upstream tensor to its target by the table, and compare all names and shapes.
+
+    shapes: upstream name -> shape · targets: our name -> shape
+    """
+    patterns = [(re.compile(re.escape(k).replace(r"\{\}", r"([^.]+)")), v) for k, v in table.items()]
+    pieces, dropped, unmatched = {}, {}, []
+    for upstream, shape in shapes.items():
+        line = next((m.expand(_template(v)) for p, v in patterns if (m := p.fullmatch(upstream))), None)
+        if line is None and upstream in drop:
+            dropped[upstream] = drop[upstream]
+        elif line is None or LINE.fullmatch(line)["name"] not in targets:
+            unmatched.append(upstream)
+        else:
+            pieces.setdefault(LINE.fullmatch(line)["name"], []).append(
+                _piece(upstream, shape, LINE.fullmatch(line))
+            )
+    for parts in pieces.values():
+        parts.sort(key=lambda piece: piece.part)
+    problems = [
+        listing("tensors have no place in the model", unmatched),
+        listing("parameters are not in the checkpoint", [name for name in targets if name not in pieces]),
+        listing(
+            "tensors do not fit", [w for name in pieces if (w := _misfit(name, pieces[name], targets[name]))]
+        ),
+    ]
+    return Fit(pieces, dropped, [p for p in problems if p])
+
+
+def _template(line: str) -> str:
+    """The line as a template for Match.expand: the n-th {} becomes group n."""
+    first, *rest = line.split("{}")
+    return first + "".join(rf"\g<{i}>{text}" for i, text in enumerate(rest, 1))
+
+
+def _piece(upstream: str, shape: Shape, line: re.Match) -> Piece:
+    if line["reshape"] == "flat":
+        shape = (shape[0], math.prod(shape[1:]))
+    elif line["reshape"] == "squeeze":
+        shape = tuple(n for n in shape if n != 1)
+    return Piece(upstream, shape, int(line["part"] or 1) - 1, int(line["parts"] or 1))
+
+
+def _misfit(name: str, pieces: list[Piece], target: Shape) -> str:
+    """What is wrong with the parts of one parameter, or ''."""
+    parts = pieces[0].parts
+    if [piece.part for piece in pieces] != list(range(parts)):
+        return f"{name} wants {parts} parts, got {', '.join(piece.upstream for piece in pieces)}"
+    wanted = (target[0] // parts, *target[1:])
+    odd = [f"{p.upstream} gives {p.shape}, {name} wants {wanted}" for p in pieces if p.shape != wanted]
+    return odd[0] if odd else ""
+
+
+def under(upstream: str, ours: str, lines: dict[str, str]) -> dict[str, str]:
+    """The lines of a repeated part, below two prefixes."""
+    return {f"{upstream}.{k}": f"{ours}.{v}" for k, v in lines.items()}
