@@ -69,29 +69,34 @@ def generate(args: argparse.Namespace) -> None:
         (engine.resolve(prompt, replace(choices, seed=choices.seed + 1000 * index)), output)
         for index, (prompt, output) in enumerate(jobs)
     ]
+    if args.trace and len(jobs) > 1:
+        raise ValueError("--trace writes the log of one video; give one prompt")
     for number, (one, output) in enumerate(settings, 1):
         print(f"[{number}/{len(settings)}] {output}: " if len(settings) > 1 else "", end="")
         print(describe(one))
-        make_video(engine, one, output, quiet=args.quiet)
+        make_video(engine, one, output, args)
 
 
-def make_video(engine, settings, output: Path, *, quiet: bool) -> None:
+def make_video(engine, settings, output: Path, args: argparse.Namespace) -> None:
     """One video, its latents saved before they are decoded."""
+    from minidit.cache.trace import acted, closing_line, write_trace
     from minidit.generate import Stopwatch, save_latents
+    from minidit.settings import set_threads
     from minidit.video import write_video
 
-    watch = Stopwatch()
+    quiet, watch = args.quiet, Stopwatch()
+    set_threads(settings)
     latents_path = output.with_name(output.stem + ".latents.safetensors")
     with watch.stage("text"):
         text = engine.encode(settings)
     with watch.stage("load"):
         engine.module("transformer")
     with watch.stage("denoise"):
-        latents = engine.denoise(settings, text, progress=not quiet)
-    save_latents(latents_path, latents, settings)
+        outcome = engine.denoise(settings, text, progress=not quiet)
+    save_latents(latents_path, outcome.latents, settings)
     try:
         with watch.stage("decode"):
-            frames = engine.decode(latents, progress=not quiet)
+            frames = engine.decode(outcome.latents, progress=not quiet)
         with watch.stage("write"):
             write_video(output, frames, fps=settings.fps, settings=asdict(settings))
     except BaseException:
@@ -101,7 +106,22 @@ def make_video(engine, settings, output: Path, *, quiet: bool) -> None:
         )
         raise
     latents_path.unlink()
+    trace = engine.trace(settings, outcome)
+    if args.trace:
+        write_trace(args.trace, trace)
+    if settings.cache != "none":
+        print(closing_line(trace))
     print(f"{output}  " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in watch.seconds.items()))
+    if (
+        settings.cache != "none"
+        and not settings.cache.startswith("replay:")
+        and not acted(trace)
+        and not args.allow_inert
+    ):
+        raise ValueError(
+            f"cache {settings.cache} never acted: every step ran in full; loosen its threshold, take more "
+            f"steps, or say --allow-inert ({output} is written)"
+        )
 
 
 def decode(args: argparse.Namespace) -> None:
@@ -136,6 +156,19 @@ def models(args: argparse.Namespace) -> None:
     )
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def caches(args: argparse.Namespace) -> None:
+    """The caching methods, their options and the papers they are from."""
+    from minidit.cache.spec import METHODS, find_class, summary
+
+    for name in METHODS:
+        first, options = summary(name)
+        variants = "".join(f"  {name}:{variant}" for variant in getattr(find_class(name), "variants", {}))
+        print(f"{name}{variants}\n    {first}" + (f"\n    options: {options}" if options else ""))
+    print(
+        "\nNAME+NAME lets the second act inside the blocks of the first; my_policy.py:MyPolicy is your own."
+    )
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -211,7 +244,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--solver", help="unipc, dpm++ or euler")
     p.add_argument("--sigma-grid", help="wan or diffusers: whose noise levels to visit")
     p.add_argument("--fps", type=float, help="of the file; the model does not see it")
-    p.add_argument("--cache", metavar="SPEC", help="caching method (none)")
+    p.add_argument("--cache", metavar="SPEC", help="caching method, such as mixcache:eff (none)")
+    p.add_argument("--trace", type=Path, metavar="FILE", help="write a log of every step as JSON")
+    again = "force the plans of a trace again"
+    p.add_argument("--replay", dest="cache", type="replay:{}".format, metavar="FILE", help=again)
+    p.add_argument("--allow-inert", action="store_true", help="a cache that never acts is no error")
     p.add_argument("--attention", metavar="BACKEND", help="auto, flash, cudnn, efficient or math")
     p.add_argument("--residual", metavar="DTYPE", help="dtype between blocks; fp32 is the original's")
 
@@ -221,6 +258,7 @@ def parser() -> argparse.ArgumentParser:
     add_engine_flags(p)
 
     add("models", models)
+    add("caches", caches)
 
     p = add("inspect", inspect)
     p.add_argument(

@@ -1,5 +1,7 @@
 """The one door to attention: softmax(q k^T * scale) v through the backend that was asked for."""
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,6 +13,30 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+
+
+@dataclass(frozen=True)
+class Full:
+    """Attention as it is."""
+
+    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q, k
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """Attention with queries and keys projected onto R directions per head (UniCP's PCAS)."""
+
+    q: Tensor  # (N, K, R)
+    k: Tensor  # (N, K, R)
+
+    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q, k (B, N, L, K) -> (B, N, L, R)"""
+        return q @ self.q, k @ self.k
+
+
+AttnOp = Full | Sliced
+FULL = Full()
 
 
 def attention(

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from minidit.generate import DEMO, DTYPES, build, count_tokens, latent_size
+from minidit.generate import DEMO, build
 from minidit.presets import Defaults, T5Config, WanConfig, WanVAEConfig, find_preset
+from minidit.settings import DTYPES, count_tokens, latent_size
 from minidit.weights import is_fp32, read_manifest
 
 GIB = 2**30

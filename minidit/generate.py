@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,67 +16,30 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidit import __version__
-from minidit.attention import BACKENDS
-from minidit.cache.policies.none import NoCache
-from minidit.presets import ScheduleConfig, WanVAEConfig
-from minidit.sampling import denoise, draw_noise
+from minidit.cache.plan import Policy, RunInfo
+from minidit.cache.spec import make_policy, parse
+from minidit.cache.trace import make_trace
+from minidit.profiles import find_profile
+from minidit.sampling import Forward, Outcome, denoise, draw_noise
 from minidit.schedules import make_schedule
+from minidit.settings import (
+    BATCHED_TOKENS,
+    DTYPES,
+    Choices,
+    Settings,
+    check_settings,
+    count_tokens,
+    latent_size,
+    pick_device,
+    pick_dtype,
+    profile_match,
+    schedule_config,
+)
 from minidit.video import to_frames, whole_file, write_video
 from minidit.weights import load_into, read_manifest
 
+BRANCHES = ("cond", "uncond")
 DEMO = Path(__file__).parent / "demo"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BATCHED_TOKENS = (
-    4096  # guidance branches of at most this many tokens each run as one batch: they fill no GPU alone
-)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides a video, resolved; written into every file that is made from it."""
-
-    prompt: str
-    negative_prompt: str
-    seed: int
-    width: int
-    height: int
-    num_frames: int
-    steps: int
-    guidance_scale: float
-    flow_shift: float
-    solver: str
-    sigma_grid: str
-    fps: float
-    cache: str
-    attention: str
-    residual: str  # dtype of the hidden state between blocks
-    batched_guidance: bool
-    dtype: str
-    device: str
-    model: str
-    model_id: str  # of the weights, whatever the folder is called
-    minidit: str = __version__
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a user may choose; None takes the model's default."""
-
-    negative_prompt: str | None = None
-    seed: int = 0
-    width: int | None = None
-    height: int | None = None
-    num_frames: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    flow_shift: float | None = None
-    solver: str | None = None
-    sigma_grid: str | None = None
-    fps: float | None = None
-    cache: str = "none"
-    attention: str = "auto"
-    residual: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +49,7 @@ class Video:
     frames: Any  # numpy uint8 (T, H, W, 3)
     latents: Tensor  # (1, C, t, h, w) fp32 on the CPU
     settings: Settings
+    trace: dict  # of the denoising run, as --trace writes it
     seconds: dict[str, float]  # by stage
 
     def save(self, path: str | Path) -> None:
@@ -144,33 +108,33 @@ class Engine:
         )  # fmt: skip
         settings = self.resolve(prompt, choices)
         watch = Stopwatch()
-        with watch.stage("encode"):
+        with watch.stage("text"):
             text = self.encode(settings)
         with watch.stage("denoise"):
-            latents = self.denoise(settings, text, progress=progress)
+            outcome = self.denoise(settings, text, progress=progress)
         with watch.stage("decode"):
-            frames = self.decode(latents)
-        return Video(frames, latents, settings, watch.seconds)
+            frames = self.decode(outcome.latents)
+        return Video(frames, outcome.latents.cpu(), settings, self.trace(settings, outcome), watch.seconds)
 
-    def resolve(self, prompt: str, choices: Choices = Choices()) -> Settings:
+    def resolve(self, prompt: str, choices: Choices) -> Settings:
         """Fill in the model's defaults and refuse what cannot be made, before anything is loaded."""
         given = {f.name: value for f in fields(Choices) if (value := getattr(choices, f.name)) is not None}
-        defaults, schedule = self.manifest.defaults, self.manifest.schedule
-        wanted = asdict(defaults) | {
+        schedule = self.manifest.schedule
+        wanted = asdict(self.manifest.defaults) | {
             "flow_shift": schedule.shift,
             "solver": schedule.solver,
-            "sigma_grid": schedule.sigma_grid,
+            # a solver other than the model's own takes the grid that every solver has
+            "sigma_grid": schedule.sigma_grid
+            if given.get("solver", schedule.solver) == schedule.solver
+            else "wan",
             "residual": self.dtype,
         }
-        # A solver other than the model's own takes the sigma grid that exists for it.
-        if "solver" in given and given["solver"] != schedule.solver:
-            wanted["sigma_grid"] = "wan"
         values = wanted | given
         latent = self.latent_size(values["width"], values["height"], values["num_frames"])
         tokens = count_tokens(latent, self.manifest.components["transformer"].config.patch)
         settings = Settings(
             prompt=prompt,
-            **{name: values[name] for name in (f.name for f in fields(Choices))},
+            **{f.name: values[f.name] for f in fields(Choices)},
             batched_guidance=tokens <= BATCHED_TOKENS,
             dtype=self.dtype,
             device=self.device,
@@ -178,8 +142,29 @@ class Engine:
             model_id=self.model_id,
         )
         check_settings(settings)
-        make_schedule(schedule_config(settings), settings.steps)  # refuses what it cannot do
+        self.check_cache(settings)
         return settings
+
+    def check_cache(self, settings: Settings) -> None:
+        """Refuse a caching method that cannot act on this run."""
+        policy, _ = self.policy(settings)
+        part = self.manifest.components["transformer"]
+        steps = make_schedule(schedule_config(settings), settings.steps).steps(settings.guidance_scale)
+        branches = BRANCHES[: 1 if settings.guidance_scale == 1 else 2]
+        policy.reset(
+            RunInfo(steps, part.config.depth, subs_of(part.class_name), branches, self.manifest.family)
+        )
+
+    def policy(self, settings: Settings) -> tuple[Policy, dict[tuple[int, str], Tensor]]:
+        """The caching method of a run and the tensors of its profiles."""
+        constants: dict[tuple[int, str], Tensor] = {}
+
+        def find(method: str) -> dict | None:
+            profile = find_profile([self.folder / "profiles"], method, profile_match(settings))
+            constants.update(profile.tensors if profile else {})
+            return profile.data if profile else None
+
+        return make_policy(parse(settings.cache), find), constants
 
     @property
     def model_id(self) -> str:
@@ -225,37 +210,49 @@ class Engine:
             del self.modules["text_encoder"]
         return states
 
-    def denoise(self, settings: Settings, text: list[Tensor], *, progress: bool = False) -> Tensor:
-        """Noise to latents. text: from encode() -> (1, C, t, h, w) fp32"""
-        model = self.module("transformer")
-        size = self.latent_size(settings.width, settings.height, settings.num_frames)
-        noise = draw_noise((1, self.manifest.components["vae"].config.latent, *size), settings.seed)
-        branches = ("cond", "uncond")[: len(text)]
-        groups = (
-            [slice(0, len(text))]
-            if settings.batched_guidance
-            else [slice(i, i + 1) for i in range(len(text))]
+    def denoise(
+        self, settings: Settings, text: list[Tensor], *, policy: Policy | None = None, progress: bool = False
+    ) -> Outcome:
+        """Noise to latents. text: from encode() · policy: in place of the one that the settings name"""
+        forward = self.forward(settings, text)
+        noise = draw_noise(
+            (1, self.manifest.components["vae"].config.latent, *self.size_of(settings)), settings.seed
         )
-        with torch.inference_mode():
-            lanes = [
-                model.prepare(
-                    text[rows],
-                    size,
-                    branches=branches[rows],
-                    attention=settings.attention,
-                    residual=DTYPES[settings.residual],
-                )
-                for rows in groups
-            ]
+        chosen, constants = self.policy(settings)
         return denoise(
-            model,
+            forward,
             make_schedule(schedule_config(settings), settings.steps),
             noise.to(self.device),
-            lanes,
+            policy or chosen,
             guidance_scale=settings.guidance_scale,
-            policy=make_policy(settings.cache),
+            family=self.manifest.family,
+            constants={key: t.to(self.device, DTYPES[self.dtype]) for key, t in constants.items()},
             progress=progress,
         )
+
+    @torch.inference_mode()
+    def forward(self, settings: Settings, text: list[Tensor]) -> Forward:
+        """The transformer with everything that no step of this run changes."""
+        model = self.module("transformer")
+        context = model.prepare(
+            text,
+            self.size_of(settings),
+            branches=BRANCHES[: len(text)],
+            attention=settings.attention,
+            residual=DTYPES[settings.residual],
+        )
+        return Forward(model, context, settings.batched_guidance)
+
+    def size_of(self, settings: Settings) -> tuple[int, int, int]:
+        return self.latent_size(settings.width, settings.height, settings.num_frames)
+
+    def trace(self, settings: Settings, outcome: Outcome) -> dict:
+        """The log of a run, ready for JSON (cache/trace.py)."""
+        model, size = self.module("transformer"), self.size_of(settings)
+        text_len = self.manifest.components["transformer"].config.text_len
+        branches = BRANCHES[: 1 if settings.guidance_scale == 1 else 2]
+        table_at = cache(lambda width: model.macs(size, text_len, width))
+        return make_trace(asdict(settings), outcome.records, branches, table_at, outcome.cache_bytes)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, *, progress: bool = False) -> Any:
@@ -284,73 +281,14 @@ def build(class_name: str, config: Any, dtype: torch.dtype) -> tuple[nn.Module, 
     raise ValueError(f"cannot build a {class_name}; this model folder is of a newer minidit")
 
 
-def latent_size(
-    vae: WanVAEConfig, patch: tuple[int, int, int], width: int, height: int, num_frames: int
-) -> tuple[int, int, int]:
-    """(T, H, W) of the latents of a video; refuses sizes that cannot be made, naming the nearest that can."""
-    time_stride, space_stride = 2 ** sum(vae.temporal_down), 2 ** len(vae.temporal_down)
-    check_multiple("width", width, space_stride * patch[2])
-    check_multiple("height", height, space_stride * patch[1])
-    check_multiple("num_frames", num_frames, time_stride * patch[0], offset=1)
-    return 1 + (num_frames - 1) // time_stride, height // space_stride, width // space_stride
+def subs_of(class_name: str) -> tuple[str, ...]:
+    """The sub-modules of a transformer's blocks."""
+    match class_name:
+        case "Wan":
+            from minidit.models.wan import Wan
 
-
-def count_tokens(latent: tuple[int, int, int], patch: tuple[int, int, int]) -> int:
-    """Video tokens per branch."""
-    return math.prod(latent) // math.prod(patch)
-
-
-def make_policy(spec: str) -> NoCache:
-    """The caching method of that name."""
-    if spec != "none":
-        raise ValueError(f"unknown cache {spec!r}; choose one of none")
-    return NoCache()
-
-
-def schedule_config(settings: Settings) -> ScheduleConfig:
-    return ScheduleConfig(settings.solver, settings.sigma_grid, settings.flow_shift)
-
-
-def check_settings(settings: Settings) -> None:
-    """Refuse values that no model takes."""
-    if not 0 <= settings.seed < 2**63:
-        raise ValueError(f"seed={settings.seed} is not between 0 and 2^63 - 1")
-    if not math.isfinite(settings.guidance_scale):
-        raise ValueError(f"guidance_scale={settings.guidance_scale} is not a number; 1 turns guidance off")
-    if not 0 < settings.fps < math.inf:
-        raise ValueError(f"fps={settings.fps} is not above 0")
-    if settings.attention not in BACKENDS:
-        raise ValueError(f"unknown attention {settings.attention!r}; choose one of {', '.join(BACKENDS)}")
-    if settings.residual not in (settings.dtype, "fp32"):
-        raise ValueError(f"residual={settings.residual!r}; choose fp32 or the run's dtype, {settings.dtype}")
-    make_policy(settings.cache)
-
-
-def check_multiple(name: str, value: int, step: int, *, offset: int = 0) -> None:
-    """Refuse a value that is not step * n + offset, naming the nearest that are."""
-    low = max((value - offset) // step * step + offset, offset or step)
-    if value < 1 or value != low:
-        nearest = f"nearest are {low} and {low + step}" if value > low else f"the least is {low}"
-        raise ValueError(f"{name}={value} is not {step}n{'+1' if offset else ''}; {nearest}")
-
-
-def pick_device(device: str | None) -> str:
-    """cuda where there is one, else cpu; a named device must exist."""
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {chosen!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu"
-        ) from None
-    return chosen
-
-
-def pick_dtype(dtype: str | None, device: str) -> str:
-    """bf16 on a GPU, fp32 on a CPU, unless one is named."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    return dtype or ("fp32" if device == "cpu" else "bf16")
+            return Wan.subs
+    raise ValueError(f"{class_name} is not a transformer of this minidit")
 
 
 def save_latents(path: str | Path, latents: Tensor, settings: Settings) -> None:

@@ -1,22 +1,65 @@
 """The step loop: noise becomes latents, one plan and one guided prediction per step."""
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidit.cache.loop import run_blocks
-from minidit.cache.plan import Plan
+from minidit.cache.loop import Lane, Probe, Recorder, run_blocks
+from minidit.cache.measure import Measurements
+from minidit.cache.plan import (
+    CFG_DELTA,
+    GUIDED,
+    GUIDED_FULL,
+    PREDICTION,
+    SHARED,
+    Plan,
+    Policy,
+    RunInfo,
+    Site,
+    Values,
+    check,
+)
+from minidit.cache.store import Store, make_store
 from minidit.schedules import Schedule, Step
 
 
-class Policy(Protocol):
-    """A caching method: host numbers in, a plan out (cache/policies/)."""
+@dataclass(frozen=True)
+class Record:
+    """What one step did: its plan, what was measured, how long it took."""
 
-    def plan(self, step: Step) -> Plan: ...
+    step: Step
+    plan: Plan
+    values: Values
+    seconds: float
+
+
+@dataclass
+class Outcome:
+    """A finished run."""
+
+    latents: Tensor
+    records: list[Record] = field(default_factory=list)
+    cache_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The model as one generation uses it: everything that no step changes."""
+
+    model: Any
+    context: Any  # from model.prepare, with a batch row for every branch
+    is_batched: bool  # guidance branches run as one batch, not one after the other
+    block_fn: Callable | None = None  # a compiled run_block
+    probe: Probe | None = None  # sees every sub-module of an uncached run
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return self.context.branches
 
 
 def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
@@ -24,21 +67,31 @@ def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
 
 
-def predict(model: Any, x: Tensor, t: float, lanes: Sequence[Any], plan: Plan) -> dict[str, Tensor]:
-    """Run the branches of every lane. x (1, C, T, H, W) -> {branch: prediction like x}, fp32
-
-    lanes: contexts from model.prepare; the branches of one context run as one batch, contexts in turn.
-    """
-    starts = []
-    for context in lanes:
-        rows = len(context.branches)
-        starts.append(
-            model.embed(x.expand(rows, -1, -1, -1, -1), torch.full((rows,), t, device=x.device), context)
-        )
-    h = run_blocks(model.blocks, [h for h, _ in starts], [cond for _, cond in starts], plan)
+def predict(
+    forward: Forward,
+    x: Tensor,
+    step: Step,
+    plan: Plan,
+    recorder: Recorder,
+    decide: Callable[[Plan, float], Plan] | None = None,
+) -> dict[str, Tensor]:
+    """Run the plan's branches. x (1, C, T, H, W) -> {branch: prediction like x}, fp32"""
+    names = plan.branches or forward.branches
+    groups = [names] if forward.is_batched else [(name,) for name in names]
+    lanes = []
+    for group in groups:
+        t = torch.full((len(group),), step.t, device=x.device)
+        h, cond = forward.model.embed(x.expand(len(group), -1, -1, -1, -1), t, forward.context.select(group))
+        lanes.append(Lane(tuple(group), h, cond))
+    options = {} if forward.block_fn is None else {"block_fn": forward.block_fn}
+    states = run_blocks(
+        forward.model.blocks, lanes, plan, recorder, decide=decide, probe=forward.probe, **options
+    )
     outputs = {}
-    for context, lane, (_, cond) in zip(lanes, h, starts, strict=True):
-        outputs.update(zip(context.branches, model.head(lane, cond).split(1), strict=True))
+    for lane, state in zip(lanes, states, strict=True):
+        out = forward.model.head(state, lane.cond)
+        recorder.see(PREDICTION, lane.branches, out)
+        outputs.update(zip(lane.branches, out.split(1), strict=True))
     return outputs
 
 
@@ -49,41 +102,82 @@ def guide(outputs: dict[str, Tensor], scale: float) -> Tensor:
     return outputs["uncond"] + scale * (outputs["cond"] - outputs["uncond"])
 
 
+def guided_prediction(
+    forward: Forward, x: Tensor, step: Step, plan: Plan, store: Store, found: Measurements, policy: Policy
+) -> tuple[Tensor, Plan]:
+    """Carry out one step's plan -> the guided prediction, and the plan as a gate may have changed it."""
+    if plan.output is not None:
+        guided = store.mix(GUIDED, ("",), plan.output)
+        Recorder(plan, store, found).see(GUIDED, ("",), guided)
+        return guided, plan
+    recorder = Recorder(plan, store, found)
+    decide = None if plan.gate is None else lambda plan, value: policy.decide(step, plan, value)
+    outputs = predict(forward, x, step, plan, recorder, decide)
+    plan = recorder.plan
+    for name, out in outputs.items():
+        found.watch(name, out)
+    if len(outputs) == 2:
+        recorder.see(CFG_DELTA, ("",), outputs["uncond"] - outputs["cond"])
+    elif plan.fill is not None:
+        outputs["uncond"] = outputs["cond"] + store.mix(CFG_DELTA, ("",), plan.fill)
+    guided = guide(outputs, step.guidance)
+    recorder.see(GUIDED, ("",), guided)
+    recorder.see(GUIDED_FULL, ("",), guided)
+    return guided, plan
+
+
 @torch.inference_mode()
 def denoise(
-    model: Any,
+    forward: Forward,
     schedule: Schedule,
     noise: Tensor,
-    lanes: Sequence[Any],
+    policy: Policy,
     *,
     guidance_scale: float,
-    policy: Policy,
+    family: str = "",
+    constants: Mapping[tuple[int, str], Tensor] | None = None,
     progress: bool = False,
-    on_step: Callable[[Step, Tensor, float], None] | None = None,
-) -> Tensor:
-    """Integrate from noise to latents. noise (1, C, T, H, W) fp32 -> latents like it
+    on_step: Callable[[Record, Tensor], None] | None = None,
+) -> Outcome:
+    """Integrate from noise to latents. noise (1, C, T, H, W) fp32
 
-    on_step(step, x, seconds) is called after every step. Raises ValueError where a prediction is not finite.
+    constants: a profile's tensors · on_step(record, x) is called after every step. Raises ValueError where a
+    prediction is not finite.
     """
-    x, state = noise, schedule.start()
     steps = schedule.steps(guidance_scale)
+    blocks, model = forward.model.blocks, forward.model
+    needs = policy.reset(RunInfo(steps, len(blocks), model.subs, forward.branches, family))
+    store = make_store(needs, forward.branches, site_shapes(forward, noise), noise.device, constants)
+    x, state, outcome = noise, schedule.start(), Outcome(noise, cache_bytes=store.bytes)
     with tqdm(total=len(steps), desc="denoise", unit="step", disable=not progress, smoothing=0.1) as bar:
         for step in steps:
             started = time.perf_counter()
-            outputs = predict(model, x, step.t, lanes, policy.plan(step))
-            check_finite(outputs, step)
-            x, state = schedule.step(step.i, x, guide(outputs, step.guidance), state)
+            plan, found = policy.plan(step), Measurements()
+            check(plan, len(blocks))
+            guided, plan = guided_prediction(forward, x, step, plan, store, found, policy)
+            x, state = schedule.step(step.i, x, guided, state)
+            values, broken = found.read()
+            if broken:
+                raise ValueError(
+                    f"step {step.i + 1} of {step.n}: the {broken[0]} prediction is not finite; "
+                    f"try --dtype fp32, or check the weights with --verify"
+                )
+            policy.tell(step, values)
+            outcome.records.append(Record(step, plan, values, time.perf_counter() - started))
             bar.update()
             if on_step:
-                on_step(step, x, time.perf_counter() - started)
-    return x
+                on_step(outcome.records[-1], x)
+    outcome.latents = x
+    return outcome
 
 
-def check_finite(outputs: dict[str, Tensor], step: Step) -> None:
-    """Stop at the first prediction that is not finite, naming step and branch."""
-    for branch, out in outputs.items():
-        if not torch.isfinite(out.sum()):
-            raise ValueError(
-                f"step {step.i + 1} of {step.n}: the {branch} prediction is not finite; "
-                f"try --dtype fp32, or check the weights with --verify"
-            )
+def site_shapes(forward: Forward, latents: Tensor) -> Callable[[Site], tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what a site holds."""
+    shape, residual = forward.model.state_shape(forward.context)
+
+    def shape_of(site: Site) -> tuple[tuple[int, ...], torch.dtype]:
+        if site in SHARED or site == PREDICTION:
+            return tuple(latents.shape), torch.float32
+        return shape, forward.model.dtype if site.kind == "sub" else residual
+
+    return shape_of

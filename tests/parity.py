@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from minidit.cache.policies.none import NoCache
 from minidit.layers import timestep_sinusoid
 from minidit.models.wan import Wan, rope_table
 from minidit.presets import ScheduleConfig, T5Config, WanConfig, WanVAEConfig
-from minidit.sampling import denoise
+from minidit.sampling import Forward, denoise
 from minidit.schedules import make_schedule
 from minidit.text.prompts import clean_prompt
 from minidit.text.t5 import T5Encoder
@@ -276,36 +277,21 @@ def run_rope(recording: Recording) -> Outcome:
     return Outcome({"out.x": rotated, "out.t_sinusoid": timestep_sinusoid(io["in.t"], 256)}, {})
 
 
-class EveryStep:
-    """Records the samples of a run."""
-
-    def __init__(self, noise: Tensor):
-        self.samples = [noise]
-
-    def __call__(self, step, x: Tensor, seconds: float) -> None:
-        self.samples.append(x[0])
-
-
-class RunAll:
-    def plan(self, step):
-        from minidit.cache.plan import RUN_ALL
-
-        return RUN_ALL
-
-
-def denoise_recorded(
-    model: Wan, io: dict[str, Tensor], config: ScheduleConfig, steps: int, scale: float
-) -> Tensor:
+def denoise_recorded(model: Wan, io: dict[str, Tensor], config: ScheduleConfig, steps: int, scale: float) -> Tensor:
     """-> samples before each step and after the last (steps + 1, C, T, H, W)"""
     noise = io["in.noise"]
-    lanes = [
-        model.prepare([io[name]], tuple(noise.shape[1:]), branches=(branch,))
-        for name, branch in (("in.context", "cond"), ("in.context_null", "uncond"))
-    ]
-    every = EveryStep(noise)
-    schedule = make_schedule(config, steps)
-    denoise(model, schedule, noise[None], lanes, guidance_scale=scale, policy=RunAll(), on_step=every)
-    return torch.stack(every.samples)
+    text, branches = [io["in.context"], io["in.context_null"]], ("cond", "uncond")
+    context = model.prepare(text, tuple(noise.shape[1:]), branches=branches)
+    samples, schedule = [noise], make_schedule(config, steps)
+    denoise(
+        Forward(model, context, is_batched=False),
+        schedule,
+        noise[None],
+        NoCache(),
+        guidance_scale=scale,
+        on_step=lambda record, x: samples.append(x[0]),
+    )
+    return torch.stack(samples)
 
 
 def run_denoise(recording: Recording) -> Outcome:

@@ -59,7 +59,7 @@ def group_shards(paths: list[Path]) -> list[list[Path]]:
         groups.setdefault(key, []).append(path)
     for key, group in groups.items():
         if len(key) > 1 and len(group) != int(key[3]):
-            there = f"{len(group)} of {key[3]} shards of {key[1]}{key[2]}"
+            there = f"{len(group)} of {int(key[3])} shards of {key[1]}{key[2]}"
             raise ValueError(f"{key[0]}: only {there} are here; give a folder with all of them")
     return list(groups.values())
 
@@ -131,7 +131,16 @@ def _load(path: Path) -> dict:
         name = re.search(r"GLOBAL ([\w.]+)", str(e))
         what = f"calls {name[1]} when it is opened" if name else "holds more than tensors, or is damaged"
         raise ValueError(f"{path} {what}; refused, only pickles of plain tensors are read") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as e:
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as e:
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"{path} is damaged or no torch file ({first}); download it again") from None
     if isinstance(state, dict) and len(state) == 1 and isinstance(inner := next(iter(state.values())), dict):

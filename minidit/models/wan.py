@@ -1,16 +1,15 @@
 """Wan 2.1 text-to-video transformer (Wan Team, 2025). Follows Wan-Video/Wan2.1 wan/modules/model.py."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidit.attention import attention
-from minidit.cache.loop import BlockCache, run_blocks
-from minidit.cache.plan import RUN_ALL, Plan
+from minidit.attention import FULL, AttnOp, attention
+from minidit.cache.loop import BlockCache, Lane, run_blocks
 from minidit.layers import LayerNorm, Mlp, RMSNorm, rope_axis, timestep_sinusoid
 from minidit.presets import WanConfig
 from minidit_kernels.modulate import gated_residual, modulate
@@ -41,6 +40,15 @@ class Context:
     text_kv: tuple[tuple[Tensor, Tensor], ...]  # per block; text does not change over steps, so this is exact
     attention: str
     residual: torch.dtype  # of h; float32 reproduces the original, the run dtype halves its traffic
+
+    def select(self, branches: Sequence[str]) -> "Context":
+        """The context of some of its branches; nothing is copied for one branch."""
+        rows = [self.branches.index(branch) for branch in branches]
+        if tuple(branches) == self.branches:
+            return self
+        take = lambda x: x[rows[0] : rows[0] + 1] if len(rows) == 1 else x[rows]
+        text_kv = tuple((take(k), take(v)) for k, v in self.text_kv)
+        return replace(self, branches=tuple(branches), text_kv=text_kv)
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,12 @@ def rope_table(grid: tuple[int, int, int], width: int) -> tuple[Tensor, Tensor]:
     return angle.cos().float(), angle.sin().float()
 
 
+def modulation_table(rows: int, width: int) -> Tensor:
+    """Start values of variance 1/D; uniform, as a normal draw is slow on the meta device."""
+    bound = (3 / width) ** 0.5
+    return torch.empty(rows, width).uniform_(-bound, bound)
+
+
 class SelfAttention(nn.Module):
     """Attention among all video tokens. q and k are normed over the full width, before the heads part."""
 
@@ -91,11 +105,17 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(config.width, config.eps)
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, cond: BlockCond) -> Tensor:
+    def queries_keys_values(self, x: Tensor, cond: BlockCond) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D) -> q, k, v (B, N, L, K), as they enter the scores"""
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, L, D)
         q = rope(split_heads(self.q_norm(q), self.heads), *cond.rope).to(v.dtype)  # (B, N, L, K)
         k = rope(split_heads(self.k_norm(k), self.heads), *cond.rope).to(v.dtype)
-        x = attention(q, k, split_heads(v, self.heads), backend=cond.attention)
+        return q, k, split_heads(v, self.heads)
+
+    def forward(self, x: Tensor, cond: BlockCond, *, how: AttnOp = FULL) -> Tensor:
+        q, k, v = self.queries_keys_values(x, cond)
+        q, k = how.prepare(q, k)  # (B, N, L, R)
+        x = attention(q, k, v, scale=v.shape[-1] ** -0.5, backend=cond.attention)
         return self.out(rearrange(x, "b n l k -> b l (n k)"))
 
 
@@ -141,7 +161,7 @@ class WanBlock(nn.Module):
     def __init__(self, config: WanConfig):
         super().__init__()
         self.eps = config.eps
-        self.mod = nn.Parameter(torch.randn(6, config.width) / config.width**0.5)
+        self.mod = nn.Parameter(modulation_table(6, config.width))
         self.attn = SelfAttention(config)
         self.norm3 = LayerNorm(config.width, config.eps)
         self.cross = CrossAttention(config)
@@ -163,7 +183,7 @@ class Head(nn.Module):
     def __init__(self, config: WanConfig, cells: int):
         super().__init__()
         self.patch, self.eps = config.patch, config.eps
-        self.mod = nn.Parameter(torch.randn(2, config.width) / config.width**0.5)
+        self.mod = nn.Parameter(modulation_table(2, config.width))
         self.out = nn.Linear(config.width, cells)
 
     def forward(self, h: Tensor, cond: Cond) -> Tensor:
@@ -177,6 +197,8 @@ class Head(nn.Module):
 
 class Wan(nn.Module):
     """Predicts the flow velocity noise - x0 of noisy latents at a timestep, given text states."""
+
+    subs = ("attn", "cross", "mlp")  # of a block, in order, as plans name them
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -220,6 +242,11 @@ class Wan(nn.Module):
         angles = cos.to(weight.device), sin.to(weight.device)
         return Context(tuple(branches), grid, angles, text_kv, attention, residual or weight.dtype)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return self.patch_in.weight.dtype
+
     def embed(self, x: Tensor, t: Tensor, context: Context) -> tuple[Tensor, Cond]:
         """Tokens and the step's conditioning. x (B, C, T, H, W) · t (B,) in [0, 1000] -> h (B, L, D), cond"""
         dtype = self.patch_in.weight.dtype
@@ -231,24 +258,35 @@ class Wan(nn.Module):
             context, mod.float(), time.float(), dtype
         )
 
-    def forward(self, x: Tensor, t: Tensor, context: Context, plan: Plan = RUN_ALL) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
         """Predict the flow velocity.
 
         x (B, C, T, H, W) · t (B,) in [0, 1000] · context from prepare() -> like x, fp32
         """
         h, cond = self.embed(x, t, context)  # (B, L, D)
-        (h,) = run_blocks(self.blocks, [h], [cond], plan)  # caching is woven in there
+        (h,) = run_blocks(self.blocks, [Lane(context.branches, h, cond)])  # caching is woven in there
         return self.head(h, cond)
 
-    def macs(self, size: tuple[int, int, int], text_len: int) -> dict[tuple[int, str], int]:
+    def state_shape(self, context: Context) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one branch's h, and of every sub-module's output but for the dtype."""
+        tokens = context.grid[0] * context.grid[1] * context.grid[2]
+        return (1, tokens, self.config.width), context.residual
+
+    def macs(
+        self, size: tuple[int, int, int], text_len: int, slice_width: int | None = None
+    ) -> dict[tuple[int, str], int]:
         """Multiply-adds of one forward of one branch, by (block, sub-module).
 
         size: latent (T, H, W). Linears and both attention products inside the blocks; text keys and values
-        are computed once per generation and not counted.
+        are computed once per generation and not counted. slice_width: of queries and keys in self-attention,
+        the projection onto it included.
         """
         c = self.config
         tokens = size[0] * size[1] * size[2] // (c.patch[0] * c.patch[1] * c.patch[2])
         attn = 4 * tokens * c.width**2 + 2 * tokens**2 * c.width
+        if slice_width is not None:
+            scores, rotation = tokens**2 * c.heads * slice_width, 2 * tokens * c.width * slice_width
+            attn += rotation + scores - tokens**2 * c.width
         cross = 2 * tokens * c.width**2 + 2 * tokens * text_len * c.width
         mlp = 2 * tokens * c.width * c.mlp_width
         per_block = {"attn": attn, "cross": cross, "mlp": mlp}

@@ -30,6 +30,12 @@ def position_buckets(length: int, buckets: int, max_distance: int) -> Tensor:
     return torch.where(distance < exact, distance, far) + half * (offset > 0)
 
 
+def table(rows: int, width: int) -> nn.Embedding:
+    """An embedding of unit variance; uniform, as torch's own draw takes a second on the meta device."""
+    weight = torch.empty(rows, width).uniform_(-(3**0.5), 3**0.5)
+    return nn.Embedding(rows, width, _weight=weight)
+
+
 class T5Attention(nn.Module):
     """Unscaled self-attention with a position bias. Scores are large, so they and the softmax are in fp32."""
 
@@ -39,7 +45,7 @@ class T5Attention(nn.Module):
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * inner, bias=False)
         self.out = nn.Linear(inner, config.width, bias=False)
-        self.positions = nn.Embedding(config.buckets, config.heads) if has_positions else None
+        self.positions = table(config.buckets, config.heads) if has_positions else None
 
     def position_bias(self, buckets: Tensor) -> Tensor:
         """buckets (M, M) -> (N, M, M) fp32."""
@@ -91,7 +97,7 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.config = config
         owns_positions = [i == 0 or not config.shared_positions for i in range(config.depth)]
-        self.embed = nn.Embedding(config.vocab, config.width)
+        self.embed = table(config.vocab, config.width)
         self.blocks = nn.ModuleList(T5Block(config, has_positions=owns) for owns in owns_positions)
         self.norm_out = RMSNorm(config.width, config.eps)
 

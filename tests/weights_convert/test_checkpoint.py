@@ -36,7 +36,7 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path, is_zip):
     if is_zip:
         torch.save({"weight": Hostile(witness)}, path)
     else:
-        path.write_bytes(pickle.dumps({"weight": Hostile(witness)}))
+        path.write_bytes(pickle.dumps({"weight": Hostile(witness)}, protocol=2))
     with pytest.raises(ValueError, match="refused, only pickles of plain tensors"):
         open_checkpoint([path])
     assert not witness.exists()

@@ -1,0 +1,198 @@
+"""MixCache: Mixture-of-Cache for Video Diffusion Transformer Acceleration (Wei et al., 2025, arXiv 2508.12691).
+
+Algorithm 1 with eq. 6 (interval) and eq. 7 (choose). Modes: "full"; "step" repeats the last guided prediction;
+"cfg" runs cond alone and adds the last full step's uncond - cond; "block i" also skips blocks 0 .. i of cond.
+Where the paper is silent: D comes from the step before, and what a step did not compute keeps its last D. The
+warm-up ends once. N counts from one full step to the next, so N - 1 are cached, and D_full sets the N that
+follows. Distances are relative L1: of guided predictions (step), of uncond - cond (cfg), of cond's hidden state
+(block).
+"""
+
+from minidit.cache.plan import (
+    CFG_DELTA,
+    GUIDED,
+    GUIDED_FULL,
+    PREDICTION,
+    REUSE,
+    Add,
+    Load,
+    Measure,
+    Need,
+    Plan,
+    Run,
+    RunInfo,
+    Site,
+    Values,
+    h,
+    residual,
+)
+
+DRIFT = Measure(GUIDED_FULL)  # D_full: from one full step to the next
+
+
+def interval(d_full: float, delta: tuple[float, ...], intervals: tuple[int, ...]) -> int:
+    """N, the steps from one full step to the next, given the drift between the last two (eq. 6)."""
+    low, middling, high = intervals
+    return low if d_full < delta[0] else middling if d_full < delta[1] else high
+
+
+def choose(distance: dict[str, float], impact: dict[str, float], last: str | None) -> str:
+    """The mode with the least D * I (eq. 7), never that of the step before (the penalty); "full" without any."""
+    allowed = [mode for mode in distance if mode != last]
+    return min(allowed, key=lambda mode: distance[mode] * impact[mode], default="full")
+
+
+def default_blocks(depth: int, family: str) -> tuple[int, ...]:
+    """The published candidates, those of HunyuanVideo counted from its first double block; else quarters."""
+    if depth >= 40:
+        return (30, 40, 50) if family.startswith("hunyuan") else (10, 20, 30)
+    return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4} - {depth - 1}))
+
+
+class MixCache:
+    """MixCache (Wei et al., 2025): reuses a step, a guidance branch or the first blocks, whichever costs least.
+
+    theta: the warm-up ends once D_step is below (0.1, published) · delta: where D_full changes N (0.05/0.1 for
+    Wan and HunyuanVideo, 0.3/0.4 for CogVideoX, published) · intervals: N for a low, middling and high D_full
+    (accurate 4/3/2, variant eff 5/4/3); interval: one N in their place · levels: what may be reused · blocks:
+    candidates i, which store h(i + 1) and resume there · block_uncond: in block mode, fill uncond from cond as
+    in cfg mode, or run it from its own stored state · residual: h(i + 1) = h(0) + what blocks 0 .. i added when
+    they last ran, not h(i + 1) as it was · relatch: D_step not below theta brings the warm-up back · per_step:
+    divide D_step, D_cfg, D_block by the age of what was stored · penalty: no mode twice in a row; turn it off
+    with a single level, where it makes every second cached step a full one · impact: I of the profile
+    {"impact": {"step": I, "cfg": I, "block": {"i": [I per step]}}}, or uniform, 1 for all
+    """
+
+    variants = {"eff": {"intervals": (5, 4, 3)}}
+
+    def __init__(
+        self,
+        theta: float = 0.1,
+        delta: tuple[float, ...] = (0.05, 0.1),
+        intervals: tuple[int, ...] = (4, 3, 2),
+        interval: int | None = None,
+        levels: tuple[str, ...] = ("step", "cfg", "block"),
+        blocks: tuple[int, ...] | None = None,
+        block_uncond: str = "fill",
+        residual: bool = False,
+        relatch: bool = False,
+        per_step: bool = False,
+        penalty: bool = True,
+        impact: str = "profile",
+        profile: dict | None = None,
+    ):
+        self.theta, self.delta, self.intervals, self.fixed = theta, delta, intervals, interval
+        self.levels, self.blocks, self.block_uncond, self.residual = levels, blocks, block_uncond, residual
+        self.relatch, self.per_step, self.penalty = relatch, per_step, penalty
+        self.source, self.profile = impact, profile
+        if (
+            len(delta) != 2
+            or delta[0] > delta[1]
+            or len(intervals) != 3
+            or min(*intervals, interval or 1) < 1
+        ):
+            raise ValueError(
+                f"mixcache: delta={delta}, intervals={intervals}, interval={interval}; "
+                f"wanted two rising distances and three counts of at least 1, such as 0.05/0.1 and 4/3/2"
+            )
+        for name, value, known in (
+            *(("levels", level, ("step", "cfg", "block")) for level in levels),
+            ("block_uncond", block_uncond, ("fill", "run")),
+            ("impact", impact, ("profile", "uniform")),
+        ):
+            if value not in known:
+                raise ValueError(f"mixcache: {name}={value!r} is not one of {', '.join(known)}")
+
+    def reset(self, run: RunInfo) -> tuple[Need, ...]:
+        depth, guided = run.depth, "uncond" in run.branches
+        self.candidates = tuple(sorted(set(self.blocks or default_blocks(depth, run.family))))
+        if "block" not in self.levels:
+            self.candidates = ()
+        if odd := [i for i in self.candidates if not 0 <= i < depth - 1]:
+            raise ValueError(
+                f"mixcache: block {odd[0]} cannot be skipped to; choose blocks of 0 .. {depth - 2}"
+            )
+        blocks = {f"block {i}": Measure(self.site(i)) for i in self.candidates}
+        self.measures = {"step": Measure(GUIDED)} | ({"cfg": Measure(CFG_DELTA)} if guided else {}) | blocks
+        modes = [mode for mode in self.measures if mode.split()[0] in self.levels]
+        if not modes:
+            raise ValueError(f"mixcache: levels={'/'.join(self.levels)} cannot act on a run without guidance")
+        self.impact = {mode: self.impact_of(mode, len(run.steps)) for mode in modes}
+        self.plans = self.make_plans(guided, guided and len({step.guidance for step in run.steps}) > 1)
+        self.on, self.count, self.mode = False, 0, "full"
+        self.n = self.fixed or self.intervals[1]
+        self.distance: dict[str, float] = {}  # the last known D of every mode
+        self.stored_at: dict[Site, int] = {}  # the step that a stored value is of
+        fills = guided and self.block_uncond == "fill"
+        return tuple(
+            Need(site, branches=("cond",) if fills or site == PREDICTION else ())
+            for site in self.plans["full"].keep
+        )
+
+    def site(self, block: int) -> Site:
+        """What candidate `block` stores."""
+        return residual(0, block + 1) if self.residual else h(block + 1)
+
+    def impact_of(self, mode: str, steps: int) -> list[float]:
+        """I of a mode by step."""
+        level, _, block = mode.partition(" ")
+        if self.source == "uniform":
+            return [1.0] * steps
+        if self.profile is None:
+            raise ValueError(
+                "mixcache needs a profile of this model at this size and number of steps; make one with "
+                "python -m minidit profile --cache mixcache, or take every I as 1 with mixcache:impact=uniform"
+            )
+        value = self.profile["impact"][level]
+        if level != "block":
+            return [value] * steps
+        if len(value.get(block, ())) != steps:
+            raise ValueError(
+                f"mixcache: the profile has blocks {', '.join(value)} and not block {block} at {steps} steps; "
+                f"choose among these with blocks=, or make one with python -m minidit profile --cache mixcache"
+            )
+        return value[block]
+
+    def make_plans(self, guided: bool, guidance_varies: bool) -> dict[str, Plan]:
+        """One plan per mode. What a plan does not measure keeps its D, what it does not keep stays stored."""
+        cond = {"branches": ("cond",), "fill": REUSE} if guided else {}
+        outputs = (GUIDED, PREDICTION) if guidance_varies else (GUIDED,)
+        full = (*outputs, GUIDED_FULL, *((CFG_DELTA,) if guided else ()), *map(self.site, self.candidates))
+        plans = {
+            "full": Plan(keep=full, measure=(*self.measures.values(), DRIFT)),
+            "step": Plan(output=REUSE, label="step"),
+            "cfg": Plan(**self.watch(-1, outputs), **cond, label="cfg"),
+        }
+        if guidance_varies:  # the guided prediction is then of another scale: guide the stored parts anew
+            plans["step"] = Plan(path=(Load(PREDICTION),), **cond, label="step")
+        for i in self.candidates:
+            path = ((Add if self.residual else Load)(self.site(i)), Run(i + 1))
+            branches = cond if self.block_uncond == "fill" else {}
+            plans[f"block {i}"] = Plan(path, **self.watch(i, outputs), **branches, label=f"block {i}")
+        return plans
+
+    def watch(self, block: int, outputs: tuple[Site, ...]) -> dict[str, tuple]:
+        """What a step that runs the blocks after `block` can measure and keep."""
+        sites = tuple(self.site(i) for i in self.candidates if i > block)
+        return {"keep": (*outputs, *sites), "measure": (Measure(GUIDED), *map(Measure, sites))}
+
+    def plan(self, step) -> Plan:
+        if self.relatch or not self.on:
+            self.on = self.distance.get("step", float("inf")) < self.theta
+        self.count = (self.count + 1) % self.n if self.on else 0
+        known = {mode: self.distance[mode] for mode in self.impact if mode in self.distance}
+        impact = {mode: table[step.i] for mode, table in self.impact.items()}
+        last = self.mode if self.penalty else None
+        self.mode = choose(known, impact, last) if self.count else "full"
+        if self.mode == "full":
+            self.count = 0  # N counts from here, also where no mode was allowed
+        return self.plans[self.mode]
+
+    def tell(self, step, values: Values) -> None:
+        for mode, measure in self.measures.items():
+            if measure in values:
+                age = step.i - self.stored_at[measure.site] if self.per_step else 1
+                self.distance[mode] = values[measure] / age
+        if self.on and DRIFT in values:
+            self.n = self.fixed or interval(values[DRIFT], self.delta, self.intervals)
+        self.stored_at |= dict.fromkeys(self.plans[self.mode].keep, step.i)

@@ -1,0 +1,232 @@
+"""UniCP: a static map of the attention outputs that are reused, and sliced attention where they are not.
+
+UniCP (Sun et al., 2025): the error-aware dynamic cache window (EDCW) finds, per block and sub-module, how
+long an output stays good; PCA-based slicing (PCAS) narrows queries and keys at the steps that have to run;
+the dynamic weight shift (DWS) chooses the width of each block, and full, narrow and reused take turns as the
+map says.
+
+Where the paper leaves a gap: errors are relative L2 of outputs before their gate, measured on uncached runs;
+one map serves both guidance branches; within a window every step has to stay below the threshold ("strict"),
+not the last one alone ("literal"). The map and the widths are found here, on the host, from the numbers of a
+profile, so that one profile serves every threshold. Calibration is in cache/calibrate.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations, takewhile
+
+from minidit.cache.plan import REUSE, RUN_ALL, Mix, Need, Plan, RunInfo, Slice, Sub, Values, runs, sub
+
+THRESHOLDS = {
+    "E1": 0.025,
+    "E2": 0.05,
+    "E3": 0.075,
+    "E4": 0.125,
+    "E5": 0.175,
+}  # relative L2; E3 misprinted 0.75
+WINDOWS = ("strict", "literal")
+BASES = ("two-sided", "pca")
+MOST_WIDTHS = 2  # per run: every width is one more shape to compile
+
+
+def threshold_value(threshold: float | str) -> float:
+    """A threshold by its name in the paper, or as a number."""
+    value = THRESHOLDS.get(threshold, threshold) if isinstance(threshold, str) else threshold
+    if isinstance(value, str) or not value > 0:
+        raise ValueError(
+            f"unicp: threshold={threshold} is neither above 0 nor one of {', '.join(THRESHOLDS)}"
+        )
+    return float(value)
+
+
+def search_windows(
+    errors: Sequence[Sequence[float]], threshold: float, window: str = "strict"
+) -> tuple[int, ...]:
+    """EDCW: the step whose output each step uses, its own where it has to run.
+
+    errors[i][k - 1]: distance between the outputs of steps i and i + k. Greedy: step i runs and serves as
+    many steps as its errors allow, and the search goes on behind them.
+    """
+    sources: list[int] = []
+    while (i := len(sources)) < len(errors):
+        below = [error < threshold for error in errors[i][: len(errors) - 1 - i]]
+        if window == "strict":
+            length = len(list(takewhile(bool, below)))
+        else:
+            length = max((k for k, good in enumerate(below, 1) if good), default=0)
+        sources += [i] * (1 + length)
+    return tuple(sources)
+
+
+def narrowest(losses: Sequence[float], widths: Sequence[int], full: int, threshold: float) -> int:
+    """The width that attention at one step can be sliced to, `full` where it cannot be.
+
+    losses: relative L2 that each width costs. widths fall, and the first that costs too much ends the search.
+    """
+    good = [
+        width for width, _ in takewhile(lambda pair: pair[1] < threshold, zip(widths, losses, strict=True))
+    ]
+    return good[-1] if good else full
+
+
+def block_width(losses: Sequence[Sequence[float]], widths: Sequence[int], full: int, threshold: float) -> int:
+    """DWS: one width for all steps of a block that run, the one that removes least. losses: [step][width]"""
+    return max((narrowest(row, widths, full, threshold) for row in losses), default=full)
+
+
+def at_most(wanted: Sequence[int], full: int, count: int = MOST_WIDTHS) -> tuple[int, ...]:
+    """The blocks' widths, at most `count` different ones below full; the others give way to wider ones."""
+    sliced = sorted({width for width in wanted if width < full})
+    rounded = [
+        tuple(min(width for width in (*kept, full) if width >= w) for w in wanted)
+        for kept in combinations(sliced, min(count, len(sliced)))
+    ]
+    return min(rounded, key=sum)
+
+
+def nearest_width(widths: Sequence[int], full: int, ratio: float) -> int:
+    """The width that removes the share of the directions that is nearest to `ratio`."""
+    return min(widths, key=lambda width: abs(full - width - ratio * full))
+
+
+class UniCP:
+    """Reuses attention outputs along a calibrated map, and narrows queries and keys where they have to run.
+
+    threshold: E1 .. E5 or a number · window: strict or literal · slice, reuse: the two halves of the method
+    ratio: slices every block by this share (0.1 .. 0.4), whatever the threshold says
+    ramp: threshold * (block + 1) / depth · max_window: longest window, None for all that was calibrated
+    basis: of the slices, two-sided or pca · kinds: sub-modules that have windows
+    maps: reuse attention maps too, where a model's attention is short enough to keep them
+    """
+
+    def __init__(
+        self,
+        threshold: float | str = "E2",
+        window: str = "strict",
+        slice: bool = True,
+        reuse: bool = True,
+        ratio: float | None = None,
+        ramp: bool = False,
+        max_window: int | None = None,
+        basis: str = "two-sided",
+        kinds: tuple[str, ...] = ("attn", "cross"),
+        maps: bool = False,
+        profile: dict | None = None,
+    ):
+        for name, value, known in (("window", window, WINDOWS), ("basis", basis, BASES)):
+            if value not in known:
+                raise ValueError(f"unicp: unknown {name} {value!r}; choose one of {', '.join(known)}")
+        if not (slice or reuse):
+            raise ValueError("unicp: slice=off and reuse=off leave nothing to do; use --cache none")
+        if ratio is not None and not (slice and 0 < ratio < 1):
+            raise ValueError(f"unicp: ratio={ratio} wants a share between 0 and 1, and slice=on")
+        if max_window is not None and max_window < 1:
+            raise ValueError(f"unicp: max_window={max_window} is not above 0; use reuse=off for no windows")
+        self.threshold, self.window, self.ramp = threshold_value(threshold), window, ramp
+        self.slice, self.reuse, self.ratio, self.basis = slice, reuse, ratio, basis
+        self.max_window, self.kinds, self.maps, self.profile = max_window, kinds, maps, profile
+
+    def reset(self, run: RunInfo) -> tuple[Need, ...]:
+        self.check(run)
+        self.depth, self.branches = run.depth, run.branches
+        self.sources = self.find_sources(len(run.steps))
+        self.widths = self.find_widths() if self.slice else {}
+        self.kept: dict[tuple[Sub, str], int] = {}  # (sub-module, branch) -> step of the stored output
+        self.pending: dict[tuple[Sub, str], int] = {}  # what this step will have stored
+        served = [key for key, sources in self.sources.items() if len(set(sources)) < len(sources)]
+        return tuple(Need(sub(*key)) for key in served)
+
+    def plan(self, step) -> Plan:
+        plan = self.refine(step, RUN_ALL)
+        if any(isinstance(how, Mix) for _, how in plan.subs):
+            return replace(plan, label="reuse")
+        return replace(plan, label="slice") if plan.subs else plan
+
+    def refine(self, step, plan: Plan) -> Plan:
+        """Another policy's plan with the map applied inside the blocks that it runs.
+
+        An output is reused only where every branch that reads it has one of its source step or later: an
+        outer policy may have skipped the source. Then the sub-module runs in full and serves the rest of the
+        window.
+        """
+        branches, blocks = plan.branches or self.branches, runs(plan, self.depth)
+        subs, keep, taken = [], [], dict(plan.subs)
+        self.pending = {}
+        for key, sources in self.sources.items():
+            block, name = key
+            if block not in blocks or key in taken:
+                continue
+            source = sources[step.i]
+            if source < step.i and all(self.kept.get((key, b), -1) >= source for b in branches):
+                subs.append((key, REUSE))
+                continue
+            if source == step.i and name == "attn" and block in self.widths:
+                subs.append((key, Slice(self.widths[block])))
+            if step.i + 1 < len(sources) and sources[step.i + 1] <= step.i:  # the window goes on
+                keep.append(sub(block, name))
+                self.pending |= {(key, b): step.i for b in branches}
+        return replace(plan, subs=(*plan.subs, *subs), keep=tuple(dict.fromkeys((*plan.keep, *keep))))
+
+    def tell(self, step, values: Values) -> None:
+        self.kept |= self.pending
+        self.pending = {}
+
+    def check(self, run: RunInfo) -> None:
+        """Refuse what this model or this profile cannot do."""
+        if self.maps:
+            raise ValueError(
+                f"unicp: maps=on keeps attention maps, which only temporal attention is short enough for; "
+                f"{run.family or 'this model'} has {', '.join(run.subs)}; use maps=off"
+            )
+        if self.profile is None:
+            raise ValueError("unicp needs a profile; make one with python -m minidit profile --cache unicp")
+        p = self.profile
+        if odd := [kind for kind in self.kinds if kind not in run.subs]:
+            raise ValueError(f"unicp: kinds has {odd[0]!r}; this model's blocks have {', '.join(run.subs)}")
+        if odd := [kind for kind in self.kinds if kind not in p["errors"]]:
+            raise ValueError(
+                f"unicp: the profile knows {', '.join(p['errors'])}, not {odd[0]!r}; make one that does"
+            )
+        if (p["steps"], p["depth"]) != (len(run.steps), run.depth):
+            raise ValueError(
+                f"unicp: the profile is of {p['steps']} steps and {p['depth']} blocks, this run of "
+                f"{len(run.steps)} and {run.depth}; make one for it"
+            )
+        if self.reuse and self.max_window is not None and self.max_window > p["max_window"]:
+            raise ValueError(
+                f"unicp: max_window={self.max_window}, but the profile goes up to {p['max_window']}"
+            )
+        if self.slice and p["basis"] != self.basis:
+            raise ValueError(
+                f"unicp: the profile's basis is {p['basis']}; say basis={p['basis']} or make another"
+            )
+
+    def threshold_of(self, block: int) -> float:
+        return self.threshold * ((block + 1) / self.depth if self.ramp else 1)
+
+    def find_sources(self, steps: int) -> dict[Sub, tuple[int, ...]]:
+        """The map: the step that every step's output comes from, for all sub-modules it can act on."""
+        found: dict[Sub, tuple[int, ...]] = {}
+        for block in range(self.depth):
+            for kind in dict.fromkeys(
+                (*self.kinds, "attn")
+            ):  # attention may be sliced without having windows
+                if not self.reuse or kind not in self.kinds:
+                    found[block, kind] = tuple(range(steps))
+                    continue
+                errors = [row[block][: self.max_window] for row in self.profile["errors"][kind]]
+                found[block, kind] = search_windows(errors, self.threshold_of(block), self.window)
+        return found
+
+    def find_widths(self) -> dict[int, int]:
+        """The width of every block that is sliced."""
+        p = self.profile
+        widths, full = p["widths"], p["head_width"]
+        if self.ratio is not None:
+            return dict.fromkeys(range(self.depth), nearest_width(widths, full, self.ratio))
+        wanted = []
+        for block in range(self.depth):
+            runs_at = [i for i, source in enumerate(self.sources[block, "attn"]) if i == source]
+            losses = [p["slice_losses"][i][block] for i in runs_at]
+            wanted.append(block_width(losses, widths, full, self.threshold_of(block)))
+        return {k: width for k, width in enumerate(at_most(wanted, full)) if width < full}

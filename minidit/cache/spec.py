@@ -1,0 +1,150 @@
+"""Caching methods by name: "mixcache", "mixcache:eff:theta=0.1", "mixcache+unicp", "my_policy.py:MyPolicy".
+
+SPEC = NAME[:VARIANT][:KEY=VALUE,...], joined by + where one method acts inside the blocks of another.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+from minidit.cache.trace import read_plans, read_trace
+
+METHODS = {  # name -> module under minidit.cache.policies, class
+    "none": ("none", "NoCache"),
+    "mixcache": ("mixcache", "MixCache"),
+    "unicp": ("unicp", "UniCP"),
+    "replay": ("replay", "Replay"),  # replay:FILE, the plans of a trace
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One method as it was asked for."""
+
+    name: str  # of METHODS, or file.py:Class
+    variant: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+
+
+def parse(text: str) -> tuple[Spec, ...]:
+    """The methods of a --cache argument, the outer one first."""
+    return tuple(parse_one(part) for part in text.split("+"))
+
+
+def parse_one(text: str) -> Spec:
+    head, *rest = text.strip().split(":")
+    if head == "replay":
+        return Spec(head, ":".join(rest))  # the rest is a file name
+    if head.endswith(".py"):
+        if not rest:
+            raise ValueError(f"cache {text!r} names a file but no class; write {head}:ClassName")
+        head, *rest = f"{head}:{rest[0]}", *rest[1:]
+    elif head not in METHODS:
+        raise ValueError(
+            f"unknown cache {head!r}; choose one of {', '.join(METHODS)}, or my_policy.py:MyPolicy"
+        )
+    variant = rest.pop(0) if rest and "=" not in rest[0] else ""
+    pairs = [pair.partition("=") for pair in ":".join(rest).split(",") if pair]
+    if odd := [key for key, equals, value in pairs if not (key and equals and value)]:
+        raise ValueError(f"cache {text!r}: {odd[0]!r} is not KEY=VALUE; separate options by commas")
+    return Spec(head, variant, {key.strip().replace("-", "_"): value.strip() for key, _, value in pairs})
+
+
+def find_class(name: str) -> type:
+    """The policy class of a method, or of file.py:Class."""
+    if ".py:" not in name:
+        module, cls = METHODS[name]
+        return getattr(importlib.import_module(f"minidit.cache.policies.{module}"), cls)
+    file, cls = name.rsplit(":", 1)
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"cache {name!r}: {path} does not exist")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, cls):
+        raise ValueError(f"cache {name!r}: {path} has no class {cls}")
+    return getattr(module, cls)
+
+
+def make_policy(specs: tuple[Spec, ...], find_profile: Callable[[str], dict | None]) -> Any:
+    """The policy of a parsed --cache argument.
+
+    find_profile(method name) -> the data of the profile that fits the run, or None; asked only for methods
+    whose constructor has a parameter `profile`.
+    """
+    policies = [make_one(spec, find_profile) for spec in specs]
+    if len(policies) == 1:
+        return policies[0]
+    from minidit.cache.policies.combined import Combined
+
+    if len(policies) > 2:
+        raise ValueError(f"at most two caches can be joined by +, got {len(policies)}")
+    return Combined(*policies)
+
+
+def make_one(spec: Spec, find_profile: Callable[[str], dict | None]) -> Any:
+    """Build one policy: its variant's values, then the options, each read by the parameter's annotation."""
+    cls = find_class(spec.name)
+    if spec.name == "replay":
+        return cls(read_plans(read_trace(spec.variant), spec.variant))
+    variants = getattr(cls, "variants", {})
+    if spec.variant and spec.variant not in variants:
+        known = f"it has {', '.join(variants)}" if variants else "it has none"
+        raise ValueError(f"unknown variant {spec.variant!r} of cache {spec.name}; {known}")
+    parameters = {n: p for n, p in inspect.signature(cls).parameters.items() if n != "profile"}
+    values = dict(variants[spec.variant]) if spec.variant else {}
+    for key, text in spec.options.items():
+        if key not in parameters:
+            known = ", ".join(parameters) or "none"
+            raise ValueError(f"cache {spec.name} has no option {key!r}; it has {known}")
+        values[key] = read_value(text, parameters[key].annotation, f"cache {spec.name}: {key}")
+    if "profile" in inspect.signature(cls).parameters:
+        values["profile"] = find_profile(spec.name)
+    return cls(**values)
+
+
+def read_value(text: str, kind: Any, where: str) -> Any:
+    """A value as its annotation says; the items of a tuple are joined by slashes: blocks=10/20/30."""
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        return tuple(read_value(part, item, where) for part in text.split("/"))
+    if isinstance(kind, UnionType):
+        if text == "none":
+            return None
+        kinds = [k for k in get_args(kind) if k is not type(None)]
+        for k in sorted(kinds, key=lambda k: k is str):  # a string fits anything, so it is tried last
+            try:
+                return read_value(text, k, where)
+            except ValueError:
+                continue
+        raise ValueError(f"{where}={text!r} is not {kind}")
+    if kind is bool:
+        words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False}
+        if (text.lower() if text != "0" else "off") in words:
+            return words[text.lower() if text != "0" else "off"]
+        raise ValueError(f"{where}={text!r} is neither true nor false")
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}={text!r} is not {getattr(kind, '__name__', kind)}") from None
+
+
+def summary(name: str) -> tuple[str, str]:
+    """First line of a method's docstring, and its options with their defaults."""
+    cls = find_class(name)
+    options = [
+        f"{n}={show(p.default)}" for n, p in inspect.signature(cls).parameters.items() if n != "profile"
+    ]
+    first = re.split(r"\n\s*\n|\n", inspect.getdoc(cls) or "", maxsplit=1)[0]
+    return first, ", ".join(options)
+
+
+def show(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()

@@ -1,0 +1,96 @@
+"""Where cached tensors live: one preallocated ring per (site, branch), and the constants of a profile."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minidit.cache.plan import SHARED, Mix, Need, Site
+from minidit_kernels.mix import mix
+
+GIB = 2**30
+Shape = tuple[tuple[int, ...], torch.dtype]  # of one entry
+
+
+@dataclass
+class Ring:
+    """The last entries of one site; fixed slots, so that no address changes during a run."""
+
+    slots: Tensor  # (depth, ...)
+    pushed: int = 0
+
+    def push(self, value: Tensor) -> None:
+        """Copy a value in, over the oldest: a reference would change when its owner is written in place."""
+        self.slots[self.pushed % len(self.slots)].copy_(value)
+        self.pushed += 1
+
+    def entries(self) -> list[Tensor]:
+        """What has been pushed and not overwritten, newest first."""
+        depth = len(self.slots)
+        return [self.slots[(self.pushed - 1 - age) % depth] for age in range(min(self.pushed, depth))]
+
+
+@dataclass
+class Store:
+    """The rings of one generation. Sites that belong to no branch have the branch ""."""
+
+    rings: dict[tuple[Site, str], Ring] = field(default_factory=dict)
+    constants: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)  # (block, name) -> tensor
+
+    @property
+    def bytes(self) -> int:
+        rings = sum(ring.slots.numel() * ring.slots.element_size() for ring in self.rings.values())
+        return rings + sum(t.numel() * t.element_size() for t in self.constants.values())
+
+    def holds(self, site: Site, branch: str) -> bool:
+        """Whether there is a ring for this site and branch."""
+        return (site, branch) in self.rings
+
+    def push(self, site: Site, branch: str, value: Tensor) -> None:
+        self.rings[site, branch].push(value)
+
+    def entries(self, site: Site, branch: str) -> list[Tensor]:
+        ring = self.rings.get((site, branch))
+        if ring is None or not ring.pushed:
+            raise ValueError(f"the plan reads {site} of {branch or 'the run'}, which was never kept")
+        return ring.entries()
+
+    def mix(self, site: Site, branches: Sequence[str], how: Mix) -> Tensor:
+        """A mix of a site's entries, one batch row per branch."""
+        rows = [mix(self.entries(site, branch), how.coefficients) for branch in branches]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def make_store(
+    needs: Sequence[Need],
+    branches: Sequence[str],
+    shape_of: Callable[[Site], Shape],
+    device: torch.device | str,
+    constants: Mapping[tuple[int, str], Tensor] | None = None,
+) -> Store:
+    """Allocate all rings before step 0; too much for the device is refused with the number."""
+    wanted = {
+        (need.site, branch): (need.depth, *shape_of(need.site))
+        for need in needs
+        for branch in (("",) if need.site in SHARED else need.branches or branches)
+        if branch in ("", *branches)
+    }
+    sizes = [depth * torch.Size(shape).numel() * dtype.itemsize for depth, shape, dtype in wanted.values()]
+    total, free = sum(sizes), free_bytes(device)
+    if free is not None and total > free:
+        raise ValueError(
+            f"the cache needs {total / GIB:.2f} GiB and {free / GIB:.2f} GiB are free on {device}; "
+            f"choose a method or a size that keeps less"
+        )
+    rings = {
+        key: Ring(torch.zeros(depth, *shape, dtype=dtype, device=device))
+        for key, (depth, shape, dtype) in wanted.items()
+    }
+    return Store(rings, constants or {})
+
+
+def free_bytes(device: torch.device | str) -> int | None:
+    """Bytes that can still be allocated on a GPU; None where the system does not say."""
+    device = torch.device(device)
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

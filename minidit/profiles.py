@@ -1,0 +1,96 @@
+"""Profiles: what a caching method learned of one model at one setting, in the model's folder.
+
+profiles/<name>.json holds {version, policy, match, data}, <name>.safetensors the tensors that go with it.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minidit.video import whole_file
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Profile:
+    """match: the settings it was made with, which a run has to share · tensors: by (block, name)"""
+
+    policy: str
+    match: dict[str, Any]
+    data: dict[str, Any]
+    tensors: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+
+def profile_name(profile: Profile) -> str:
+    """A file name that says what fits: mixcache-64x64x17-30-unipc-fp32."""
+    m = profile.match
+    size = f"{m['width']}x{m['height']}x{m['num_frames']}"
+    return f"{profile.policy}-{size}-{m['steps']}-{m['solver']}-{m['dtype']}"
+
+
+def write_profile(folder: Path, profile: Profile) -> Path:
+    """Write a profile into a folder, replacing one of the same name; -> the json's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{profile_name(profile)}.json"
+    content = {"version": VERSION, "policy": profile.policy, "match": profile.match, "data": profile.data}
+    tensors = path.with_suffix(".safetensors")
+    tensors.unlink(missing_ok=True)
+    if profile.tensors:
+        named = {f"{block}.{name}": t.contiguous() for (block, name), t in profile.tensors.items()}
+        with whole_file(tensors) as partial:
+            save_file(named, partial)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+    return path
+
+
+def read_profile(path: Path) -> Profile:
+    """Read a profile's json and the tensors beside it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, wanted {VERSION}")
+        profile = Profile(content["policy"], dict(content["match"]), dict(content["data"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as a profile ({error}); make it again") from None
+    tensors = path.with_suffix(".safetensors")
+    if tensors.is_file():
+        with safe_open(tensors, "pt") as file:
+            for name in file.keys():
+                block, _, rest = name.partition(".")
+                profile.tensors[int(block), rest] = file.get_tensor(name)
+    return profile
+
+
+def find_profile(folders: list[Path], policy: str, match: dict[str, Any]) -> Profile | None:
+    """The profile of a policy that fits the run; None where the policy has no profile at all.
+
+    Where there are profiles but none fits, ValueError names what the nearest one differs in.
+    """
+    paths = [path for folder in folders for path in sorted(folder.glob(f"{policy}-*.json"))]
+    profiles = [profile for path in paths if (profile := read_profile(path)).policy == policy]
+    odd = lambda p: [k for k in match if p.match.get(k) != match[k]]
+    for profile in profiles:
+        if not odd(profile):
+            return profile
+    if not profiles:
+        return None
+    near = min(profiles, key=lambda p: len(odd(p)))
+    what = ", ".join(f"{k} {near.match.get(k)} instead of {match[k]}" for k in odd(near))
+    raise ValueError(
+        f"no {policy} profile fits this run: the nearest has {what}; {how_to_make(policy, match)}"
+    )
+
+
+def how_to_make(policy: str, match: dict[str, Any]) -> str:
+    """The command that makes the missing profile."""
+    return (
+        f"make one with python -m minidit profile --cache {policy} --size {match['width']}x{match['height']} "
+        f"--num-frames {match['num_frames']} --steps {match['steps']}"
+    )

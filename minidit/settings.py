@@ -1,0 +1,145 @@
+"""What decides a video: the settings of a run, resolved and checked before anything is loaded."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minidit import __version__
+from minidit.attention import BACKENDS
+from minidit.presets import ScheduleConfig, WanVAEConfig
+from minidit.schedules import make_schedule
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SMALL_PIXELS = 64 * 64 * 81
+BATCHED_TOKENS = 4096  # guidance branches of at most this many tokens run as one batch: alone they are small
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a video, resolved; written into every file that is made from it."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    width: int
+    height: int
+    num_frames: int
+    steps: int
+    guidance_scale: float
+    flow_shift: float
+    solver: str
+    sigma_grid: str
+    fps: float
+    cache: str
+    attention: str
+    residual: str  # dtype of the hidden state between blocks
+    batched_guidance: bool
+    dtype: str
+    device: str
+    model: str
+    model_id: str  # of the weights, whatever the folder is called
+    minidit: str = __version__
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user may choose; None takes the model's default."""
+
+    negative_prompt: str | None = None
+    seed: int = 0
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    flow_shift: float | None = None
+    solver: str | None = None
+    sigma_grid: str | None = None
+    fps: float | None = None
+    cache: str = "none"
+    attention: str = "auto"
+    residual: str | None = None
+
+
+def latent_size(
+    vae: WanVAEConfig, patch: tuple[int, int, int], width: int, height: int, num_frames: int
+) -> tuple[int, int, int]:
+    """(T, H, W) of the latents of a video; refuses sizes that cannot be made, naming the nearest that can."""
+    time_stride, space_stride = 2 ** sum(vae.temporal_down), 2 ** len(vae.temporal_down)
+    check_multiple("width", width, space_stride * patch[2])
+    check_multiple("height", height, space_stride * patch[1])
+    check_multiple("num_frames", num_frames, time_stride * patch[0], offset=1)
+    return 1 + (num_frames - 1) // time_stride, height // space_stride, width // space_stride
+
+
+def count_tokens(latent: tuple[int, int, int], patch: tuple[int, int, int]) -> int:
+    """Video tokens per branch."""
+    return math.prod(latent) // math.prod(patch)
+
+
+def profile_match(settings: Settings) -> dict[str, Any]:
+    """The settings that a caching profile is made for, and a run has to share."""
+    names = (
+        "model_id", "width", "height", "num_frames", "steps", "solver", "sigma_grid", "flow_shift",
+        "guidance_scale", "dtype",
+    )  # fmt: skip
+    return {name: getattr(settings, name) for name in names}
+
+
+def set_threads(settings: Settings) -> None:
+    """One thread for a small video: its tensors are so small that threads mostly wait for each other.
+
+    A number in OMP_NUM_THREADS is left alone.
+    """
+    pixels = settings.width * settings.height * settings.num_frames
+    if settings.device == "cpu" and pixels <= SMALL_PIXELS and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def schedule_config(settings: Settings) -> ScheduleConfig:
+    return ScheduleConfig(settings.solver, settings.sigma_grid, settings.flow_shift)
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse values that no model takes."""
+    if not 0 <= settings.seed < 2**63:
+        raise ValueError(f"seed={settings.seed} is not between 0 and 2^63 - 1")
+    if not math.isfinite(settings.guidance_scale):
+        raise ValueError(f"guidance_scale={settings.guidance_scale} is not a number; 1 turns guidance off")
+    if not 0 < settings.fps < math.inf:
+        raise ValueError(f"fps={settings.fps} is not above 0")
+    if settings.attention not in BACKENDS:
+        raise ValueError(f"unknown attention {settings.attention!r}; choose one of {', '.join(BACKENDS)}")
+    if settings.residual not in (settings.dtype, "fp32"):
+        raise ValueError(f"residual={settings.residual!r}; choose fp32 or the run's dtype, {settings.dtype}")
+    make_schedule(schedule_config(settings), settings.steps)  # refuses what it cannot do
+
+
+def check_multiple(name: str, value: int, step: int, *, offset: int = 0) -> None:
+    """Refuse a value that is not step * n + offset, naming the nearest that are."""
+    low = max((value - offset) // step * step + offset, offset or step)
+    if value < 1 or value != low:
+        nearest = f"nearest are {low} and {low + step}" if value > low else f"the least is {low}"
+        raise ValueError(f"{name}={value} is not {step}n{'+1' if offset else ''}; {nearest}")
+
+
+def pick_device(device: str | None) -> str:
+    """cuda where there is one, else cpu; a named device must exist."""
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {chosen!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu"
+        ) from None
+    return chosen
+
+
+def pick_dtype(dtype: str | None, device: str) -> str:
+    """bf16 on a GPU, fp32 on a CPU, unless one is named."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    return dtype or ("fp32" if device == "cpu" else "bf16")
