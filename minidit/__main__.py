@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("minidit: interrupted; nothing half-written was left", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         if args.debug:
             raise
         print(f"minidit: {one_line(error)}", file=sys.stderr)
@@ -38,8 +38,8 @@ def dashed(argv: list[str]) -> list[str]:
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, with its type where the message alone says too little."""
     text = (str(error).strip().splitlines() or [""])[0]
-    if "out of memory" in text.lower():
-        return f"{text}; try a smaller --size, fewer --num-frames, or --dtype bf16"
+    if "out of memory" in text.lower() or "allocate memory" in text or isinstance(error, MemoryError):
+        return f"{text or 'out of memory'}; try a smaller --size, fewer --num-frames, or --dtype bf16"
     return f"{type(error).__name__}: {text}" if isinstance(error, RuntimeError) or not text else text
 
 
@@ -54,11 +54,16 @@ def generate(args: argparse.Namespace) -> None:
         check_output(output)
     model, dtype = args.model or past.get("model", "demo"), args.dtype or past.get("dtype")
     engine = Engine(
-        model, device=args.device, dtype=dtype, verify=args.verify, keep_text_encoder=len(jobs) > 1
+        model,
+        device=args.device,
+        dtype=dtype,
+        verify=args.verify,
+        keep_text_encoder=len(jobs) > 1,
+        profiles=args.profiles,
     )
-    if past and not args.model and past["model_id"] != engine.model_id:
+    if past and not args.model and past.get("model_id") != engine.model_id:
         raise ValueError(
-            f"{args.from_file} was made by model {past['model_id']}, {model} is {engine.model_id}; "
+            f"{args.from_file} was made by model {past.get('model_id')}, {model} is {engine.model_id}; "
             f"name a model with --model to use its settings all the same"
         )
     names = [f.name for f in fields(Choices)]
@@ -73,7 +78,7 @@ def generate(args: argparse.Namespace) -> None:
         raise ValueError("--trace writes the log of one video; give one prompt")
     for number, (one, output) in enumerate(settings, 1):
         print(f"[{number}/{len(settings)}] {output}: " if len(settings) > 1 else "", end="")
-        print(describe(one))
+        print(describe(one), flush=True)
         make_video(engine, one, output, args)
 
 
@@ -109,6 +114,10 @@ def make_video(engine, settings, output: Path, args: argparse.Namespace) -> None
     trace = engine.trace(settings, outcome)
     if args.trace:
         write_trace(args.trace, trace)
+    if args.timeline:
+        from minidit.report import draw_timeline
+
+        draw_timeline(args.timeline, trace)
     if settings.cache != "none":
         print(closing_line(trace))
     print(f"{output}  " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in watch.seconds.items()))
@@ -140,6 +149,37 @@ def decode(args: argparse.Namespace) -> None:
     frames = engine.decode(latents, progress=not args.quiet)
     write_video(output, frames, fps=settings.fps, settings=asdict(settings))
     print(output)
+
+
+def profile(args: argparse.Namespace) -> None:
+    """Measure on uncached runs what a caching method needs to know of a model, into its profiles."""
+    from minidit.cache import profile as profiling
+    from minidit.generate import Choices, Engine
+    from minidit.profiles import write_profile
+    from minidit.settings import set_threads
+
+    engine = Engine(args.model or "demo", device=args.device, dtype=args.dtype, keep_text_encoder=True)
+    names = [f.name for f in fields(Choices)]
+    chosen = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    settings = engine.resolve("", Choices(**{k: v for k, v in chosen.items() if k != "cache"}))
+    prompts = profiling.SHAPE_PROMPTS if engine.name == "demo" else profiling.SCENE_PROMPTS
+    if args.prompts:
+        prompts = read_prompts(args.prompts)
+    set_threads(settings)
+    print(describe(settings), flush=True)
+    folder = args.output or engine.folder / "profiles"
+    for method in args.cache.split("+"):
+        found = profiling.make_profile(method, engine, settings, prompts)
+        path = write_profile(folder, found)
+        print(profiling.describe(found))
+        if args.figure and method == "mixcache":
+            from minidit.report import draw_curves
+
+            draw_curves(args.figure, found.data, f"{engine.name}, {settings.steps} steps")
+        print(path)
+    engine.profile_folders = [folder]
+    for line in profiling.closed_loop(engine, settings, args.cache, prompts[:2]):
+        print(line)
 
 
 def models(args: argparse.Namespace) -> None:
@@ -183,11 +223,7 @@ def list_jobs(args: argparse.Namespace, past: dict) -> list[tuple[str, Path]]:
     if args.prompt is not None and args.prompts:
         raise ValueError("give a prompt or --prompts FILE, not both")
     if args.prompts:
-        lines = [
-            line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
-        if not lines:
-            raise ValueError(f"{args.prompts} holds no prompts; write one per line")
+        lines = read_prompts(args.prompts)
         folder = args.output or Path(".")
         folder.mkdir(parents=True, exist_ok=True)
         return [(line, folder / f"{i:03d}-{slug(line)}.mp4") for i, line in enumerate(lines)]
@@ -195,6 +231,14 @@ def list_jobs(args: argparse.Namespace, past: dict) -> list[tuple[str, Path]]:
     if prompt is None:
         raise ValueError(f"no prompt was given; {EXAMPLE}")
     return [(prompt, args.output or Path(f"{slug(prompt)}.mp4"))]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, one per line."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} holds no prompts; write one per line")
+    return lines
 
 
 def slug(prompt: str) -> str:
@@ -225,32 +269,33 @@ def parser() -> argparse.ArgumentParser:
     p = add("generate", generate)
     p.add_argument("prompt", nargs="?", help="what the video shows")
     p.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one prompt per line; --output is then a folder"
-    )
-    p.add_argument(
         "--from", dest="from_file", type=Path, metavar="FILE", help="make a video of minidit's again"
     )
-    p.add_argument("--output", type=Path, metavar="FILE", help=".mp4, .gif, .png or .npz")
     add_engine_flags(p)
     p.add_argument("--verify", action="store_true", help="compare the model's files with their sha256 first")
-    p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    p.add_argument("--seed", type=int, help="of the starting noise, the same on every device (0)")
-    add_size_flags(p)
-    p.add_argument("--steps", "--num-inference-steps", type=int, dest="steps", metavar="N")
-    p.add_argument("--guidance-scale", type=float, metavar="S", help="1 turns guidance off")
+    add_run_flags(p)
     p.add_argument(
-        "--flow-shift", type=float, metavar="S", help="more than 1 spends more steps on high noise"
+        "--output", type=Path, metavar="FILE", help=".mp4, .gif, .png or .npz (a folder for --prompts)"
     )
-    p.add_argument("--solver", help="unipc, dpm++ or euler")
-    p.add_argument("--sigma-grid", help="wan or diffusers: whose noise levels to visit")
     p.add_argument("--fps", type=float, help="of the file; the model does not see it")
     p.add_argument("--cache", metavar="SPEC", help="caching method, such as mixcache:eff (none)")
+    p.add_argument("--profiles", type=Path, metavar="DIR", help="caching profiles, if not the model's own")
+    p.add_argument("--allow-inert", action="store_true", help="a cache that never acts is no error")
     p.add_argument("--trace", type=Path, metavar="FILE", help="write a log of every step as JSON")
+    p.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="draw what every step ran and reused, a .png"
+    )
     again = "force the plans of a trace again"
     p.add_argument("--replay", dest="cache", type="replay:{}".format, metavar="FILE", help=again)
-    p.add_argument("--allow-inert", action="store_true", help="a cache that never acts is no error")
-    p.add_argument("--attention", metavar="BACKEND", help="auto, flash, cudnn, efficient or math")
-    p.add_argument("--residual", metavar="DTYPE", help="dtype between blocks; fp32 is the original's")
+
+    p = add("profile", profile)
+    p.add_argument("--cache", default="mixcache+unicp", help="mixcache, unicp or mixcache+unicp (default)")
+    add_engine_flags(p)
+    add_run_flags(p)
+    p.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the profiles, if not the model's own"
+    )
+    p.add_argument("--figure", type=Path, metavar="FILE", help="draw redundancy and impact, a .png")
 
     p = add("decode", decode)
     p.add_argument("latents", type=Path, help="a .latents.safetensors that generate left behind")
@@ -270,7 +315,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_command(commands, name: str, run) -> argparse.ArgumentParser:
-    p = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+    # no abbreviations: --prompt would be --prompts, a file
+    p = commands.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
     p.set_defaults(command=run)
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return p
@@ -281,6 +327,22 @@ def add_engine_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", help="cuda where there is one, else cpu")
     p.add_argument("--dtype", help="fp32, bf16 or fp16; bf16 on a GPU, fp32 on a CPU")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def add_run_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line")
+    p.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    p.add_argument("--seed", type=int, help="of the starting noise, the same on every device (0)")
+    add_size_flags(p)
+    p.add_argument("--steps", "--num-inference-steps", type=int, dest="steps", metavar="N")
+    p.add_argument("--guidance-scale", type=float, metavar="S", help="1 turns guidance off")
+    p.add_argument(
+        "--flow-shift", type=float, metavar="S", help="more than 1 spends more steps on high noise"
+    )
+    p.add_argument("--solver", help="unipc, dpm++ or euler")
+    p.add_argument("--sigma-grid", help="wan or diffusers: whose noise levels to visit")
+    p.add_argument("--attention", metavar="BACKEND", help="auto, flash, cudnn, efficient or math")
+    p.add_argument("--residual", metavar="DTYPE", help="dtype between blocks; fp32 is the original's")
 
 
 def add_size_flags(p: argparse.ArgumentParser) -> None:

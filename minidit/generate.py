@@ -3,9 +3,9 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minidit.cache.loop import Probe
 from minidit.cache.plan import Policy, RunInfo
 from minidit.cache.spec import make_policy, parse
 from minidit.cache.trace import make_trace
 from minidit.profiles import find_profile
-from minidit.sampling import Forward, Outcome, denoise, draw_noise
+from minidit.sampling import Forward, Outcome, Record, denoise, draw_noise
 from minidit.schedules import make_schedule
 from minidit.settings import (
     BATCHED_TOKENS,
@@ -61,7 +62,7 @@ class Engine:
     """A model folder, its components loaded when they are first needed.
 
     The text encoder is let go again after encoding, unless keep_text_encoder is set: on one GPU it would take
-    the transformer's place.
+    the transformer's place. profiles: a folder of caching profiles in place of the model's own.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Engine:
         dtype: str | None = None,
         verify: bool = False,
         keep_text_encoder: bool = False,
+        profiles: str | Path | None = None,
     ):
         self.name = str(model)
         self.folder = DEMO if self.name == "demo" else Path(model)
@@ -79,6 +81,7 @@ class Engine:
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.keep_text_encoder = keep_text_encoder
+        self.profile_folders = [Path(profiles)] if profiles else [self.folder / "profiles"]
         self.modules: dict[str, nn.Module] = {}
 
     def generate(
@@ -160,7 +163,7 @@ class Engine:
         constants: dict[tuple[int, str], Tensor] = {}
 
         def find(method: str) -> dict | None:
-            profile = find_profile([self.folder / "profiles"], method, profile_match(settings))
+            profile = find_profile(self.profile_folders, method, profile_match(settings))
             constants.update(profile.tensors if profile else {})
             return profile.data if profile else None
 
@@ -211,10 +214,17 @@ class Engine:
         return states
 
     def denoise(
-        self, settings: Settings, text: list[Tensor], *, policy: Policy | None = None, progress: bool = False
+        self,
+        settings: Settings,
+        text: list[Tensor],
+        *,
+        policy: Policy | None = None,
+        on_step: Callable[[Record, Tensor], None] | None = None,
+        probe: Probe | None = None,
+        progress: bool = False,
     ) -> Outcome:
         """Noise to latents. text: from encode() · policy: in place of the one that the settings name"""
-        forward = self.forward(settings, text)
+        forward = replace(self.forward(settings, text), probe=probe)
         noise = draw_noise(
             (1, self.manifest.components["vae"].config.latent, *self.size_of(settings)), settings.seed
         )
@@ -228,6 +238,7 @@ class Engine:
             family=self.manifest.family,
             constants={key: t.to(self.device, DTYPES[self.dtype]) for key, t in constants.items()},
             progress=progress,
+            on_step=on_step,
         )
 
     @torch.inference_mode()
@@ -252,7 +263,9 @@ class Engine:
         text_len = self.manifest.components["transformer"].config.text_len
         branches = BRANCHES[: 1 if settings.guidance_scale == 1 else 2]
         table_at = cache(lambda width: model.macs(size, text_len, width))
-        return make_trace(asdict(settings), outcome.records, branches, table_at, outcome.cache_bytes)
+        return make_trace(
+            asdict(settings), outcome.records, model.subs, branches, table_at, outcome.cache_bytes
+        )
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, *, progress: bool = False) -> Any:
@@ -311,7 +324,7 @@ def load_latents(path: str | Path) -> tuple[Tensor, Settings]:
             return file.get_tensor("latents"), Settings(**json.loads(text))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; pass the .latents.safetensors of a generation") from None
-    except (SafetensorError, TypeError) as error:
+    except (SafetensorError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as latents ({error})") from None
 
 

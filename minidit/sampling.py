@@ -23,6 +23,7 @@ from minidit.cache.plan import (
     Site,
     Values,
     check,
+    recalled,
 )
 from minidit.cache.store import Store, make_store
 from minidit.schedules import Schedule, Step
@@ -77,6 +78,8 @@ def predict(
 ) -> dict[str, Tensor]:
     """Run the plan's branches. x (1, C, T, H, W) -> {branch: prediction like x}, fp32"""
     names = plan.branches or forward.branches
+    if (how := recalled(plan)) is not None:
+        return {name: recorder.store.mix(PREDICTION, (name,), how) for name in names}
     groups = [names] if forward.is_batched else [(name,) for name in names]
     lanes = []
     for group in groups:

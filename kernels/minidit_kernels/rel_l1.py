@@ -3,6 +3,7 @@
     l1:       (sum |new - old|, sum |old|)
     l2:       (sum (new - old)^2, sum old^2)
     moments:  (sum (new - old), sum (new - old)^2)
+    abs:      (sum |new|, sum |old|)
 
 The quotient (l2: its root) is the relative distance; sums, not means, so that shards of a state can be added.
 """
@@ -23,8 +24,10 @@ def distance_sums_reference(new: Tensor, old: Tensor, *, norm: str = "l1") -> Te
             pair = difference.square(), old.square()
         case "moments":
             pair = difference, difference.square()
+        case "abs":
+            pair = new.float().abs(), old.abs()
         case _:
-            raise ValueError(f"unknown norm {norm!r}; choose one of l1, l2, moments")
+            raise ValueError(f"unknown norm {norm!r}; choose one of l1, l2, moments, abs")
     return torch.stack([x.sum(dtype=torch.float64) for x in pair])
 
 

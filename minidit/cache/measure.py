@@ -27,8 +27,8 @@ class Measurements:
 
     def read(self) -> tuple[Values, list[str]]:
         """Wait for the device -> (the values, the names of what is not finite)"""
-        flat = torch.stack([*(s for pair in self.sums for s in pair), *(s for _, s in self.finite)])
-        numbers = flat.tolist() if len(flat) else []
+        flat = [*(s for pair in self.sums for s in pair), *(s for _, s in self.finite)]
+        numbers = torch.stack(flat).tolist() if flat else []
         values = {m: value(m.norm, *numbers[2 * i : 2 * i + 2], n) for i, (m, n) in enumerate(self.measures)}
         tail = numbers[2 * len(self.measures) :]
         return values, [name for (name, _), s in zip(self.finite, tail, strict=True) if s - s != 0]
@@ -44,6 +44,8 @@ def value(norm: str, first: float, second: float, count: int) -> Any:
     if norm == "moments":
         mean = first / count
         return mean, max(second / count - mean**2, 0.0) ** 0.5
+    if norm == "abs":
+        return first / count, second / count
     if second == 0:
         return 0.0 if first == 0 else float("inf")
     return first / second if norm == "l1" else (first / second) ** 0.5

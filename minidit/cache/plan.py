@@ -94,7 +94,7 @@ class Measure:
     """The distance of this step's value from the stored one, read before the store is overwritten.
 
     norm: "l1" is sum|new - old| / sum|old|, "l2" the same with root sums of squares, "moments" the mean and
-    standard deviation of new - old
+    standard deviation of new - old, "abs" the means of |new| and |old|
     """
 
     site: Site
@@ -178,10 +178,18 @@ def runs(plan: Plan, depth: int) -> set[int]:
     return {k for first, last in spans for k in range(first, last)}
 
 
+def recalled(plan: Plan) -> Mix | None:
+    """The mix of stored predictions in place of the transformer, where the path is Load(PREDICTION) alone."""
+    item = plan.path[0] if len(plan.path) == 1 else None
+    return item.mix if isinstance(item, Load) and item.site == PREDICTION else None
+
+
 def check(plan: Plan, depth: int) -> None:
     """Refuse a path that does not lead from h(0) to h(depth) step by step."""
     at = 0
-    for item in plan.path if plan.output is None else ():
+    if plan.output is not None or recalled(plan) is not None:
+        return
+    for item in plan.path:
         if isinstance(item, Run):
             start, end = item.first, depth if item.last is None else item.last
         elif isinstance(item, Load):
@@ -193,7 +201,7 @@ def check(plan: Plan, depth: int) -> None:
                 f"the plan's path has {item} at block {at} of {depth}; wanted one that starts there"
             )
         at = end
-    if plan.output is None and at != depth:
+    if at != depth:
         raise ValueError(
             f"the plan's path ends at block {at} of {depth}; end it with a Run to the last block"
         )

@@ -49,13 +49,14 @@ def name_of(measure: Measure) -> str:
 def make_trace(
     settings: dict,
     records: Sequence[Any],
+    subs: Sequence[str],
     branches: tuple[str, ...],
     table_at: Callable[[int | None], Table],
     cache_bytes: int,
 ) -> dict:
     """A trace of a run: settings, then every step's plan, values, seconds and MACs, then totals.
 
-    records: sampling.Record of every step · table_at: see macs.plan_macs
+    records: sampling.Record of every step · subs: of a block · table_at: see macs.plan_macs
     """
     steps = [
         {
@@ -76,7 +77,15 @@ def make_trace(
         "full_equivalents": macs / full,
         "seconds": round(sum(step["seconds"] for step in steps), 6),
     }
-    return {"version": VERSION, "settings": settings, "steps": steps, "total": total}
+    depth = 1 + max(block for block, _ in table_at(None))
+    return {
+        "version": VERSION,
+        "settings": settings,
+        "depth": depth,
+        "subs": list(subs),
+        "steps": steps,
+        "total": total,
+    }
 
 
 def closing_line(trace: dict) -> str:

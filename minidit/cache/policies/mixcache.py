@@ -1,11 +1,15 @@
-"""MixCache: Mixture-of-Cache for Video Diffusion Transformer Acceleration (Wei et al., 2025, arXiv 2508.12691).
+"""MixCache: Mixture-of-Cache for Video Diffusion Transformer Acceleration (Wei et al., 2025).
 
-Algorithm 1 with eq. 6 (interval) and eq. 7 (choose). Modes: "full"; "step" repeats the last guided prediction;
-"cfg" runs cond alone and adds the last full step's uncond - cond; "block i" also skips blocks 0 .. i of cond.
-Where the paper is silent: D comes from the step before, and what a step did not compute keeps its last D. The
-warm-up ends once. N counts from one full step to the next, so N - 1 are cached, and D_full sets the N that
-follows. Distances are relative L1: of guided predictions (step), of uncond - cond (cfg), of cond's hidden state
-(block).
+Algorithm 1 with eq. 6 (interval) and eq. 7 (choose). Modes: "full" runs everything; "step" repeats the last
+guided prediction; "cfg" runs cond alone, and uncond is cond plus their difference in the last full step;
+"block i" is cfg mode with blocks 0 .. i skipped. Distances D are relative L1 between steps: of the guided
+prediction (step), of uncond - cond (cfg), of cond's hidden state (block i); D_full is that of the guided
+prediction from full step to full step.
+
+Where the paper is silent: D is that of the step before; what a step did not compute keeps its last D, and
+nothing is compared with its own copy; warm-up ends once; N counts from one full step to the next, so N - 1
+steps are cached; the first N is the middle one, and D_full sets the N that follows; the penalty looks one
+step back; where no mode is left the step is full.
 """
 
 from minidit.cache.plan import (
@@ -37,7 +41,7 @@ def interval(d_full: float, delta: tuple[float, ...], intervals: tuple[int, ...]
 
 
 def choose(distance: dict[str, float], impact: dict[str, float], last: str | None) -> str:
-    """The mode with the least D * I (eq. 7), never that of the step before (the penalty); "full" without any."""
+    """The mode of the least D * I (eq. 7), never that of the step before (penalty); full if none is left."""
     allowed = [mode for mode in distance if mode != last]
     return min(allowed, key=lambda mode: distance[mode] * impact[mode], default="full")
 
@@ -49,18 +53,25 @@ def default_blocks(depth: int, family: str) -> tuple[int, ...]:
     return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4} - {depth - 1}))
 
 
-class MixCache:
-    """MixCache (Wei et al., 2025): reuses a step, a guidance branch or the first blocks, whichever costs least.
+def check_choices(name: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Refuse a value that an option does not know."""
+    if odd := [value for value in values if value not in known]:
+        raise ValueError(f"mixcache: {name}={odd[0]!r} is not one of {', '.join(known)}")
 
-    theta: the warm-up ends once D_step is below (0.1, published) · delta: where D_full changes N (0.05/0.1 for
-    Wan and HunyuanVideo, 0.3/0.4 for CogVideoX, published) · intervals: N for a low, middling and high D_full
-    (accurate 4/3/2, variant eff 5/4/3); interval: one N in their place · levels: what may be reused · blocks:
-    candidates i, which store h(i + 1) and resume there · block_uncond: in block mode, fill uncond from cond as
-    in cfg mode, or run it from its own stored state · residual: h(i + 1) = h(0) + what blocks 0 .. i added when
-    they last ran, not h(i + 1) as it was · relatch: D_step not below theta brings the warm-up back · per_step:
-    divide D_step, D_cfg, D_block by the age of what was stored · penalty: no mode twice in a row; turn it off
-    with a single level, where it makes every second cached step a full one · impact: I of the profile
-    {"impact": {"step": I, "cfg": I, "block": {"i": [I per step]}}}, or uniform, 1 for all
+
+class MixCache:
+    """MixCache (Wei et al., 2025, arXiv 2508.12691): reuse of a step, a guidance branch or the first blocks.
+
+    Published defaults: theta 0.1, delta 0.05/0.1 (CogVideoX: 0.3/0.4), N 4/3/2, variant eff 5/4/3.
+
+    theta: warm-up ends once D_step is below · delta: the two D_full at which N changes · intervals: N for a
+    low, middling and high D_full · interval: one N in place of these · levels: what may be reused
+    blocks: candidates i; block i stores h(i + 1) and resumes there (10/20/30 from depth 40 on, else quarters)
+    block_uncond: in block mode, fill uncond as in cfg mode, or run it too, from its own stored state
+    residual: resume from h(0) + what blocks 0 .. i last added, not from the last h(i + 1)
+    relatch: a D_step of theta or more brings warm-up back · per_step: divide D by the age of what was stored
+    penalty: no mode twice in a row; turn it off with a single mode, which it would stop every second time
+    impact: I as in the profile, {"impact": {"step": I, "cfg": I, "block": {"i": [I by step]}}}; uniform: 1
     """
 
     variants = {"eff": {"intervals": (5, 4, 3)}}
@@ -85,33 +96,22 @@ class MixCache:
         self.levels, self.blocks, self.block_uncond, self.residual = levels, blocks, block_uncond, residual
         self.relatch, self.per_step, self.penalty = relatch, per_step, penalty
         self.source, self.profile = impact, profile
-        if (
-            len(delta) != 2
-            or delta[0] > delta[1]
-            or len(intervals) != 3
-            or min(*intervals, interval or 1) < 1
-        ):
+        counts = (*intervals, 1 if interval is None else interval)
+        if len(delta) != 2 or delta[0] > delta[1] or len(counts) != 4 or min(counts) < 1:
             raise ValueError(
-                f"mixcache: delta={delta}, intervals={intervals}, interval={interval}; "
-                f"wanted two rising distances and three counts of at least 1, such as 0.05/0.1 and 4/3/2"
+                f"mixcache: delta={delta}, intervals={intervals}, interval={interval}; wanted two rising "
+                f"distances, and three counts and one of at least 1, such as 0.05/0.1 and 4/3/2"
             )
-        for name, value, known in (
-            *(("levels", level, ("step", "cfg", "block")) for level in levels),
-            ("block_uncond", block_uncond, ("fill", "run")),
-            ("impact", impact, ("profile", "uniform")),
-        ):
-            if value not in known:
-                raise ValueError(f"mixcache: {name}={value!r} is not one of {', '.join(known)}")
+        check_choices("levels", levels, ("step", "cfg", "block"))
+        check_choices("block_uncond", (block_uncond,), ("fill", "run"))
+        check_choices("impact", (impact,), ("profile", "uniform"))
 
     def reset(self, run: RunInfo) -> tuple[Need, ...]:
         depth, guided = run.depth, "uncond" in run.branches
-        self.candidates = tuple(sorted(set(self.blocks or default_blocks(depth, run.family))))
-        if "block" not in self.levels:
-            self.candidates = ()
+        chosen = self.blocks or default_blocks(depth, run.family)
+        self.candidates = tuple(sorted(set(chosen))) if "block" in self.levels else ()
         if odd := [i for i in self.candidates if not 0 <= i < depth - 1]:
-            raise ValueError(
-                f"mixcache: block {odd[0]} cannot be skipped to; choose blocks of 0 .. {depth - 2}"
-            )
+            raise ValueError(f"mixcache: blocks={odd[0]} leaves nothing to run; wanted 0 .. {depth - 2}")
         blocks = {f"block {i}": Measure(self.site(i)) for i in self.candidates}
         self.measures = {"step": Measure(GUIDED)} | ({"cfg": Measure(CFG_DELTA)} if guided else {}) | blocks
         modes = [mode for mode in self.measures if mode.split()[0] in self.levels]
@@ -141,15 +141,15 @@ class MixCache:
         if self.profile is None:
             raise ValueError(
                 "mixcache needs a profile of this model at this size and number of steps; make one with "
-                "python -m minidit profile --cache mixcache, or take every I as 1 with mixcache:impact=uniform"
+                "python -m minidit profile --cache mixcache, or take every I as 1: mixcache:impact=uniform"
             )
         value = self.profile["impact"][level]
         if level != "block":
             return [value] * steps
         if len(value.get(block, ())) != steps:
             raise ValueError(
-                f"mixcache: the profile has blocks {', '.join(value)} and not block {block} at {steps} steps; "
-                f"choose among these with blocks=, or make one with python -m minidit profile --cache mixcache"
+                f"mixcache: the profile has blocks {', '.join(value)}, not {block} at {steps} steps; choose "
+                f"blocks= among these, or make one with python -m minidit profile --cache mixcache"
             )
         return value[block]
 
