@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from minidit.generate import DEMO, build
-from minidit.presets import Defaults, T5Config, WanConfig, WanVAEConfig, find_preset
-from minidit.settings import DTYPES, count_tokens, latent_size
+from minidit.families import find_family
+from minidit.generate import DEMO, build, part_dtype
+from minidit.presets import Defaults, find_preset
+from minidit.settings import DTYPES
 from minidit.weights import is_fp32, read_manifest
 
 GIB = 2**30
@@ -16,11 +17,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Parts:
-    """The configs of a model and its default size: what a preset and a model folder have in common."""
+    """What a preset and a model folder have in common. components: name -> (class name, config)"""
 
-    transformer: WanConfig
-    text_encoder: T5Config
-    vae: WanVAEConfig
+    family: str
+    components: dict[str, tuple[str, Any]]
     defaults: Defaults
 
 
@@ -33,8 +33,8 @@ class Costs:
     parameters: dict[str, int]  # by component
     macs: int  # per forward and branch
     macs_by_sub: dict[str, int]
-    weight_bytes: dict[str, int]  # by stage
-    activation_bytes: dict[str, int]  # by stage, estimated
+    weight_bytes: dict[str, int]  # by component
+    activation_bytes: dict[str, int]  # by component, estimated; text encoders need next to nothing
 
 
 def find_parts(model: str) -> Parts:
@@ -42,64 +42,37 @@ def find_parts(model: str) -> Parts:
     folder = DEMO if model == "demo" else Path(model)
     if folder.is_dir():
         manifest = read_manifest(folder)
-        missing = [name for name in ("transformer", "text_encoder", "vae") if name not in manifest.components]
+        missing = [name for name in ("transformer", "vae") if name not in manifest.components]
         if missing:
             raise ValueError(f"{folder} has no {', '.join(missing)}; convert the whole release")
-        of = lambda name: manifest.components[name].config
-        return Parts(of("transformer"), of("text_encoder"), of("vae"), manifest.defaults)
+        parts = {n: (p.class_name, p.config) for n, p in manifest.components.items() if p.config is not None}
+        return Parts(manifest.family, parts, manifest.defaults)
     preset = find_preset(model)
-    return Parts(preset.transformer, preset.text_encoder, preset.vae, preset.defaults)
+    return Parts(preset.family, preset.components, preset.defaults)
 
 
 def measure(parts: Parts, size: tuple[int, int, int], dtype: str) -> Costs:
     """Costs of a video of size (width, height, frames) with weights in dtype."""
-    latent = latent_size(parts.vae, parts.transformer.patch, *size)
-    tokens = count_tokens(latent, parts.transformer.patch)
-    classes = {"text_encoder": "T5Encoder", "transformer": "Wan", "vae": "WanVAE"}
-    built = {name: build(kind, getattr(parts, name), DTYPES[dtype]) for name, kind in classes.items()}
-    macs = built["transformer"][0].macs(latent, parts.transformer.text_len)
+    family = find_family(parts.family, {name: config for name, (_, config) in parts.components.items()})
+    latent = family.latent_shape(*size)
+    tokens, run = family.tokens(latent), DTYPES[dtype]
+    built = {name: build(*part) for name, part in parts.components.items()}
+    macs = built["transformer"].macs(latent[1:], family.text_len)
     by_sub: dict[str, int] = {}
     for (_, sub), count in macs.items():
         by_sub[sub] = by_sub.get(sub, 0) + count
-    weights = {name: weight_bytes(*part) for name, part in built.items()}
-    item = DTYPES[dtype].itemsize
+    weights = {name: weight_bytes(m, part_dtype(parts.components[name][0], run)) for name, m in built.items()}
     activations = {
-        "text_encoder": parts.transformer.text_len * 4 * (2 * parts.text_encoder.mlp_width),
-        "transformer": transformer_activations(parts.transformer, tokens, item),
-        "vae": vae_activations(parts.vae, size),
+        "transformer": built["transformer"].activation_bytes(tokens, run.itemsize),
+        "vae": built["vae"].activation_bytes(*size),
     }
-    parameters = {name: sum(p.numel() for p in part[0].parameters()) for name, part in built.items()}
+    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in built.items()}
     return Costs(size, tokens, parameters, sum(macs.values()), by_sub, weights, activations)
 
 
-def weight_bytes(module: nn.Module, dtype: Any, keep_fp32: tuple[str, ...]) -> int:
-    return sum(
-        p.numel() * (4 if is_fp32(name, keep_fp32) else dtype.itemsize)
-        for name, p in module.named_parameters()
-    )
-
-
-def transformer_activations(config: WanConfig, tokens: int, item: int) -> int:
-    """The fullest moment of a block, one branch at a time, beside text keys and values of two branches.
-
-    In attention: h, its normed copy, qkv and the rotated q and k with their fp32 forms; in the MLP: h, the
-    normed copy and the hidden layer before and after GELU.
-    """
-    attention = config.width * (5 * item + 2 * item + 8)
-    mlp = 2 * config.width * item + 2 * config.mlp_width * item
-    text = 2 * 2 * config.depth * config.text_len * config.width * item
-    return tokens * max(attention, mlp) + text
-
-
-def vae_activations(config: WanVAEConfig, size: tuple[int, int, int]) -> int:
-    """Four pixel frames in flight at full resolution, in fp32, and the video that is collected.
-
-    Every convolution of the last level keeps two frames of context and works on three shifted copies.
-    """
-    width, height, frames = size
-    per_frame = width * height * 4
-    level = 2 * config.base * (4 * 3 + 2 * 2 * (config.res_blocks + 1))
-    return per_frame * level + frames * width * height * 3 * 5
+def weight_bytes(module: nn.Module, dtype: Any) -> int:
+    sizes = ((4 if is_fp32(n, module.keep_fp32) else dtype.itemsize, p) for n, p in module.named_parameters())
+    return sum(item * p.numel() for item, p in sizes)
 
 
 def report(model: str, size: tuple[int | None, int | None, int | None], dtype: str) -> str:
@@ -112,7 +85,7 @@ def report(model: str, size: tuple[int | None, int | None, int | None], dtype: s
     parts = find_parts(model)
     default = (parts.defaults.width, parts.defaults.height, parts.defaults.num_frames)
     costs = measure(parts, tuple(given or d for given, d in zip(size, default, strict=True)), dtype)
-    c = parts.transformer
+    c = parts.components["transformer"][1]
     lines = [
         f"{model}: {costs.size[0]}x{costs.size[1]}, {costs.size[2]} frames, {dtype}",
         f"  transformer  {c.depth} blocks, width {c.width}, {c.heads} heads x {c.width // c.heads}, "
@@ -124,7 +97,7 @@ def report(model: str, size: tuple[int | None, int | None, int | None], dtype: s
         "  memory by stage, one component loaded at a time (activations are estimates):",
     ]
     for name, weights in costs.weight_bytes.items():
-        extra = costs.activation_bytes[name]
+        extra = costs.activation_bytes.get(name, 0)
         lines.append(f"    {name:<13}{weights / GIB:8.2f} GiB weights  {extra / GIB:8.2f} GiB activations")
     return "\n".join(lines)
 

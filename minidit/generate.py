@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,29 @@ from minidit.cache.loop import Probe
 from minidit.cache.plan import Policy, RunInfo
 from minidit.cache.spec import make_policy, parse
 from minidit.cache.trace import make_trace
+from minidit.families import find_family
 from minidit.profiles import find_profile
 from minidit.sampling import Forward, Outcome, Record, denoise, draw_noise
-from minidit.schedules import make_schedule
 from minidit.settings import (
     BATCHED_TOKENS,
     DTYPES,
     Choices,
     Settings,
     check_settings,
-    count_tokens,
-    latent_size,
     pick_device,
     pick_dtype,
     profile_match,
-    schedule_config,
 )
 from minidit.video import to_frames, whole_file, write_video
-from minidit.weights import load_into, read_manifest
+from minidit.weights import Component, load_into, read_manifest
 
-BRANCHES = ("cond", "uncond")
 DEMO = Path(__file__).parent / "demo"
+CLASSES = {  # class of a component -> the file that has it
+    "Wan": "minidit.models.wan",
+    "T5Encoder": "minidit.text.t5",
+    "WanVAE": "minidit.vae.wan",
+}
+ALWAYS_FP32 = ("WanVAE",)  # as the originals run it: bf16 shows as banding
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Engine:
         self.name = str(model)
         self.folder = DEMO if self.name == "demo" else Path(model)
         self.manifest = read_manifest(self.folder, verify=verify)
+        configs = {name: part.config for name, part in self.manifest.components.items()}
+        self.family = find_family(self.manifest.family, configs)
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.keep_text_encoder = keep_text_encoder
@@ -133,12 +138,11 @@ class Engine:
             "residual": self.dtype,
         }
         values = wanted | given
-        latent = self.latent_size(values["width"], values["height"], values["num_frames"])
-        tokens = count_tokens(latent, self.manifest.components["transformer"].config.patch)
+        latent = self.family.latent_shape(values["width"], values["height"], values["num_frames"])
         settings = Settings(
             prompt=prompt,
             **{f.name: values[f.name] for f in fields(Choices)},
-            batched_guidance=tokens <= BATCHED_TOKENS,
+            batched_guidance=self.family.tokens(latent) <= BATCHED_TOKENS,
             dtype=self.dtype,
             device=self.device,
             model=self.name,
@@ -151,12 +155,10 @@ class Engine:
     def check_cache(self, settings: Settings) -> None:
         """Refuse a caching method that cannot act on this run."""
         policy, _ = self.policy(settings)
-        part = self.manifest.components["transformer"]
-        steps = make_schedule(schedule_config(settings), settings.steps).steps(settings.guidance_scale)
-        branches = BRANCHES[: 1 if settings.guidance_scale == 1 else 2]
-        policy.reset(
-            RunInfo(steps, part.config.depth, subs_of(part.class_name), branches, self.manifest.family)
-        )
+        steps = self.family.schedule(settings).steps(settings.guidance_scale)
+        subs = find_class(self.part("transformer").class_name).subs
+        branches = self.family.branches(settings.guidance_scale)
+        policy.reset(RunInfo(steps, self.family.depth, subs, branches, self.manifest.family))
 
     def policy(self, settings: Settings) -> tuple[Policy, dict[tuple[int, str], Tensor]]:
         """The caching method of a run and the tensors of its profiles."""
@@ -175,43 +177,34 @@ class Engine:
         hashes = [file.sha256 for part in self.manifest.components.values() for file in part.files]
         return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()[:12]
 
-    def latent_size(self, width: int, height: int, num_frames: int) -> tuple[int, int, int]:
-        """(T, H, W) of the latents of a video; a size that cannot be made is refused."""
-        parts = self.manifest.components
-        return latent_size(parts["vae"].config, parts["transformer"].config.patch, width, height, num_frames)
+    def file(self, component: str) -> Path:
+        """The file of a component that is one file, such as a tokenizer."""
+        return self.folder / self.part(component).files[0].name
+
+    def part(self, component: str) -> Component:
+        if component not in self.manifest.components:
+            raise ValueError(f"{self.folder} has no {component}; convert the whole release")
+        return self.manifest.components[component]
 
     def module(self, component: str) -> nn.Module:
         """A component with its weights on the device, loaded at the first call."""
         if component not in self.modules:
-            part = self.manifest.components.get(component)
-            if part is None:
-                raise ValueError(
-                    f"{self.folder} has no {component}; convert the whole release, or pass its folder"
-                )
-            module, dtype, keep_fp32 = build(part.class_name, part.config, DTYPES[self.dtype])
-            args = dict(device=self.device, dtype=dtype, keep_fp32=keep_fp32)
+            part = self.part(component)
+            dtype = part_dtype(part.class_name, DTYPES[self.dtype])
+            module = build(part.class_name, part.config)
+            args = dict(device=self.device, dtype=dtype, keep_fp32=module.keep_fp32)
             self.modules[component] = load_into(module, self.folder, component, **args)
         return self.modules[component]
 
-    def encode(self, settings: Settings) -> list[Tensor]:
-        """Text states of the prompt and, under guidance, of the negative prompt. -> one or two (M, D)"""
-        from minidit.text.prompts import encode_prompts
-        from minidit.text.tokenizers import SentencePiece
-
-        part = self.manifest.components.get("tokenizer")
-        if part is None:
-            raise ValueError(
-                f"{self.folder} has no tokenizer; convert the whole release, its spiece.model included"
-            )
-        tokenizer = SentencePiece(self.folder / part.files[0].name)
-        prompts = [settings.prompt, settings.negative_prompt][: 2 if settings.guidance_scale != 1 else 1]
-        text_len = self.manifest.components["transformer"].config.text_len
-        states = encode_prompts(
-            prompts, tokenizer, self.module("text_encoder"), max_len=text_len, device=self.device
-        )
+    def encode(self, settings: Settings) -> list[Any]:
+        """Text of the prompt and, under guidance, of the negative prompt, as model.prepare takes it."""
+        branches = self.family.branches(settings.guidance_scale)
+        prompts = [settings.prompt, settings.negative_prompt][: len(branches)]
+        text = self.family.encode(self, prompts)
         if not self.keep_text_encoder:
-            del self.modules["text_encoder"]
-        return states
+            for component in self.family.encoders:
+                del self.modules[component]
+        return text
 
     def denoise(
         self,
@@ -225,13 +218,11 @@ class Engine:
     ) -> Outcome:
         """Noise to latents. text: from encode() · policy: in place of the one that the settings name"""
         forward = replace(self.forward(settings, text), probe=probe)
-        noise = draw_noise(
-            (1, self.manifest.components["vae"].config.latent, *self.size_of(settings)), settings.seed
-        )
+        noise = draw_noise((1, *self.latent_shape(settings)), settings.seed)
         chosen, constants = self.policy(settings)
         return denoise(
             forward,
-            make_schedule(schedule_config(settings), settings.steps),
+            self.family.schedule(settings),
             noise.to(self.device),
             policy or chosen,
             guidance_scale=settings.guidance_scale,
@@ -247,22 +238,22 @@ class Engine:
         model = self.module("transformer")
         context = model.prepare(
             text,
-            self.size_of(settings),
-            branches=BRANCHES[: len(text)],
+            self.latent_shape(settings)[1:],
+            branches=self.family.branches(settings.guidance_scale),
             attention=settings.attention,
             residual=DTYPES[settings.residual],
         )
         return Forward(model, context, settings.batched_guidance)
 
-    def size_of(self, settings: Settings) -> tuple[int, int, int]:
-        return self.latent_size(settings.width, settings.height, settings.num_frames)
+    def latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latents."""
+        return self.family.latent_shape(settings.width, settings.height, settings.num_frames)
 
     def trace(self, settings: Settings, outcome: Outcome) -> dict:
         """The log of a run, ready for JSON (cache/trace.py)."""
-        model, size = self.module("transformer"), self.size_of(settings)
-        text_len = self.manifest.components["transformer"].config.text_len
-        branches = BRANCHES[: 1 if settings.guidance_scale == 1 else 2]
-        table_at = cache(lambda width: model.macs(size, text_len, width))
+        model, size = self.module("transformer"), self.latent_shape(settings)[1:]
+        branches = self.family.branches(settings.guidance_scale)
+        table_at = cache(lambda width: model.macs(size, self.family.text_len, width))
         return make_trace(
             asdict(settings), outcome.records, model.subs, branches, table_at, outcome.cache_bytes
         )
@@ -275,33 +266,22 @@ class Engine:
         return to_frames(torch.cat(parts, dim=1))
 
 
-def build(class_name: str, config: Any, dtype: torch.dtype) -> tuple[nn.Module, torch.dtype, tuple[str, ...]]:
-    """The empty module of a component, the dtype to load it in, and which of its parameters stay fp32."""
+def find_class(class_name: str) -> type[nn.Module]:
+    """The module class of a component; only its own file is imported."""
+    if class_name not in CLASSES:
+        raise ValueError(f"unknown component class {class_name!r}; this model folder is of a newer minidit")
+    return getattr(import_module(CLASSES[class_name]), class_name)
+
+
+def build(class_name: str, config: Any) -> nn.Module:
+    """The module of a component without its weights, on the meta device."""
     with torch.device("meta"):
-        match class_name:
-            case "Wan":
-                from minidit.models.wan import KEEP_FP32, Wan
-
-                return Wan(config), dtype, KEEP_FP32
-            case "T5Encoder":
-                from minidit.text.t5 import T5Encoder
-
-                return T5Encoder(config), dtype, ()
-            case "WanVAE":
-                from minidit.vae.wan import WanVAE
-
-                return WanVAE(config), torch.float32, ()  # as the original: bf16 shows as banding
-    raise ValueError(f"cannot build a {class_name}; this model folder is of a newer minidit")
+        return find_class(class_name)(config)
 
 
-def subs_of(class_name: str) -> tuple[str, ...]:
-    """The sub-modules of a transformer's blocks."""
-    match class_name:
-        case "Wan":
-            from minidit.models.wan import Wan
-
-            return Wan.subs
-    raise ValueError(f"{class_name} is not a transformer of this minidit")
+def part_dtype(class_name: str, run: torch.dtype) -> torch.dtype:
+    """The dtype that a component's weights are loaded in, its keep_fp32 ones aside."""
+    return torch.float32 if class_name in ALWAYS_FP32 else run
 
 
 def save_latents(path: str | Path, latents: Tensor, settings: Settings) -> None:

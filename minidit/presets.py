@@ -5,6 +5,7 @@ A config holds numbers and nothing else; models import theirs from here. Values 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,13 @@ class Preset:
     """A release: everything about it but the weights."""
 
     family: str
-    transformer: WanConfig
-    text_encoder: T5Config
-    vae: WanVAEConfig
+    components: dict[str, tuple[str, Any]]  # name -> (class name, config), tokenizers aside
     schedule: ScheduleConfig
     defaults: Defaults
+
+    @property
+    def transformer(self) -> Any:
+        return self.components["transformer"][1]
 
 
 # Latent statistics of the Wan 2.1 VAE; in no checkpoint (Wan-Video/Wan2.1 wan/modules/vae.py).
@@ -142,20 +145,25 @@ WAN_NEGATIVE_PROMPT = (
 UMT5_XXL = T5Config(vocab=256384, width=4096, mlp_width=10240, heads=64, head_width=64, depth=24)
 WAN21_VAE = WanVAEConfig(base=96, latent=16, mean=WAN21_MEAN, std=WAN21_STD)
 
+
+def wan_parts(transformer: WanConfig) -> dict[str, tuple[str, Any]]:
+    return {
+        "text_encoder": ("T5Encoder", UMT5_XXL),
+        "transformer": ("Wan", transformer),
+        "vae": ("WanVAE", WAN21_VAE),
+    }
+
+
 PRESETS = {
     "wan2.1-t2v-1.3b": Preset(
         family="wan",
-        transformer=WanConfig(width=1536, mlp_width=8960, heads=12, depth=30),
-        text_encoder=UMT5_XXL,
-        vae=WAN21_VAE,
+        components=wan_parts(WanConfig(width=1536, mlp_width=8960, heads=12, depth=30)),
         schedule=ScheduleConfig(),
         defaults=Defaults(832, 480, 81, 50, 5.0, 16, WAN_NEGATIVE_PROMPT),
     ),
     "wan2.1-t2v-14b": Preset(
         family="wan",
-        transformer=WanConfig(width=5120, mlp_width=13824, heads=40, depth=40),
-        text_encoder=UMT5_XXL,
-        vae=WAN21_VAE,
+        components=wan_parts(WanConfig(width=5120, mlp_width=13824, heads=40, depth=40)),
         schedule=ScheduleConfig(),
         defaults=Defaults(1280, 720, 81, 50, 5.0, 16, WAN_NEGATIVE_PROMPT),
     ),

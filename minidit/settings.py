@@ -9,8 +9,6 @@ import torch
 
 from minidit import __version__
 from minidit.attention import BACKENDS
-from minidit.presets import ScheduleConfig, WanVAEConfig
-from minidit.schedules import make_schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALL_PIXELS = 64 * 64 * 81
@@ -64,22 +62,6 @@ class Choices:
     residual: str | None = None
 
 
-def latent_size(
-    vae: WanVAEConfig, patch: tuple[int, int, int], width: int, height: int, num_frames: int
-) -> tuple[int, int, int]:
-    """(T, H, W) of the latents of a video; refuses sizes that cannot be made, naming the nearest that can."""
-    time_stride, space_stride = 2 ** sum(vae.temporal_down), 2 ** len(vae.temporal_down)
-    check_multiple("width", width, space_stride * patch[2])
-    check_multiple("height", height, space_stride * patch[1])
-    check_multiple("num_frames", num_frames, time_stride * patch[0], offset=1)
-    return 1 + (num_frames - 1) // time_stride, height // space_stride, width // space_stride
-
-
-def count_tokens(latent: tuple[int, int, int], patch: tuple[int, int, int]) -> int:
-    """Video tokens per branch."""
-    return math.prod(latent) // math.prod(patch)
-
-
 def profile_match(settings: Settings) -> dict[str, Any]:
     """The settings that a caching profile is made for, and a run has to share."""
     names = (
@@ -99,10 +81,6 @@ def set_threads(settings: Settings) -> None:
         torch.set_num_threads(1)
 
 
-def schedule_config(settings: Settings) -> ScheduleConfig:
-    return ScheduleConfig(settings.solver, settings.sigma_grid, settings.flow_shift)
-
-
 def check_settings(settings: Settings) -> None:
     """Refuse values that no model takes."""
     if not 0 <= settings.seed < 2**63:
@@ -115,7 +93,6 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"unknown attention {settings.attention!r}; choose one of {', '.join(BACKENDS)}")
     if settings.residual not in (settings.dtype, "fp32"):
         raise ValueError(f"residual={settings.residual!r}; choose fp32 or the run's dtype, {settings.dtype}")
-    make_schedule(schedule_config(settings), settings.steps)  # refuses what it cannot do
 
 
 def check_multiple(name: str, value: int, step: int, *, offset: int = 0) -> None:

@@ -15,9 +15,6 @@ from minidit.presets import WanConfig
 from minidit_kernels.modulate import gated_residual, modulate
 from minidit_kernels.qk_norm_rope import rope
 
-# The original keeps these in float32 under autocast: the timestep path, modulation tables, norms and head.
-KEEP_FP32 = ("time_mlp", "time_mod", "mod", "q_norm", "k_norm", "norm3", "head")
-
 
 @dataclass(frozen=True)
 class BlockCond:
@@ -199,6 +196,8 @@ class Wan(nn.Module):
     """Predicts the flow velocity noise - x0 of noisy latents at a timestep, given text states."""
 
     subs = ("attn", "cross", "mlp")  # of a block, in order, as plans name them
+    # the original keeps these in float32 under autocast: the timestep path, modulation tables, norms and head
+    keep_fp32 = ("time_mlp", "time_mod", "mod", "q_norm", "k_norm", "norm3", "head")
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -271,6 +270,18 @@ class Wan(nn.Module):
         """Shape and dtype of one branch's h, and of every sub-module's output but for the dtype."""
         tokens = context.grid[0] * context.grid[1] * context.grid[2]
         return (1, tokens, self.config.width), context.residual
+
+    def activation_bytes(self, tokens: int, item: int) -> int:
+        """An estimate of the fullest moment of a block, beside text keys and values of two branches.
+
+        In attention: h, its normed copy, qkv and the rotated q and k with their fp32 forms; in the MLP: h, the
+        normed copy and the hidden layer before and after GELU. item: bytes of the run's dtype
+        """
+        c = self.config
+        attention = c.width * (7 * item + 8)
+        mlp = 2 * c.width * item + 2 * c.mlp_width * item
+        text = 4 * c.depth * c.text_len * c.width * item
+        return tokens * max(attention, mlp) + text
 
     def macs(
         self, size: tuple[int, int, int], text_len: int, slice_width: int | None = None

@@ -93,6 +93,8 @@ class T5Block(nn.Module):
 class T5Encoder(nn.Module):
     """Token ids to text states."""
 
+    keep_fp32 = ()
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config

@@ -237,6 +237,8 @@ class WanVAE(nn.Module):
     Runs, and answers, in the dtype of its weights.
     """
 
+    keep_fp32 = ()
+
     def __init__(self, config: WanVAEConfig):
         super().__init__()
         self.config = config
@@ -282,6 +284,15 @@ class WanVAE(nn.Module):
         z = (latents * std + mean).to(self.post_quant.weight.dtype)
         state: State = {}
         return (self.decoder(self.post_quant(part), state) for part in split_frames(z, chunk))
+
+    def activation_bytes(self, width: int, height: int, num_frames: int) -> int:
+        """An estimate for decoding: four fp32 frames in flight at full resolution, and the finished video.
+
+        Every convolution of the last level keeps two frames of context.
+        """
+        c = self.config
+        level = 2 * c.base * (4 * 3 + 2 * 2 * (c.res_blocks + 1))
+        return width * height * 4 * level + num_frames * width * height * 3 * 5
 
     def statistics(self, device: torch.device) -> Tensor:
         """The latents' mean and std, stacked: (2, C, 1, 1, 1), in fp32 whatever the weights are."""
