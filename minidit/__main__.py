@@ -253,7 +253,8 @@ def describe(settings) -> str:
     return (
         f"{s.prompt!r}{negative}\n"
         f"  {s.width}x{s.height}, {s.num_frames} frames at {s.fps:g} fps · seed {s.seed} · {s.steps} steps "
-        f"{s.solver} ({s.sigma_grid} grid), shift {s.flow_shift:g}, guidance {s.guidance_scale:g}\n"
+        f"{s.solver} ({s.sigma_grid} grid), shift {s.flow_shift:g}, guidance {s.guidance_scale:g}"
+        f"{f' (embedded), true cfg {s.true_cfg:g}' if s.true_cfg else ''}\n"
         f"  {s.model} ({s.model_id}) · {s.dtype} on {s.device} · residual {s.residual} · "
         f"attention {s.attention} · {'batched' if s.batched_guidance else 'sequential'} guidance · "
         f"cache {s.cache}"
@@ -336,6 +337,7 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     add_size_flags(p)
     p.add_argument("--steps", "--num-inference-steps", type=int, dest="steps", metavar="N")
     p.add_argument("--guidance-scale", type=float, metavar="S", help="1 turns guidance off")
+    p.add_argument("--true-cfg", type=float, metavar="S", help="a second branch beside embedded guidance")
     p.add_argument(
         "--flow-shift", type=float, metavar="S", help="more than 1 spends more steps on high noise"
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minidit.presets import ScheduleConfig, WanConfig, WanVAEConfig
 from minidit.schedules import Schedule, make_schedule
-from minidit.settings import Settings, check_multiple
+from minidit.settings import DTYPES, Settings, check_multiple
 
 
 class Components(Protocol):
@@ -45,10 +45,20 @@ class Family(Protocol):
         """What model.prepare takes as text, one entry per prompt."""
         ...
 
+    def prepare(self, model: Any, text: list[Any], settings: Settings) -> Any:
+        """The transformer's context. text: from encode, a row per branch"""
+        return model.prepare(
+            text,
+            self.latent_shape(settings.width, settings.height, settings.num_frames)[1:],
+            branches=self.branches(settings.cfg_scale),
+            attention=settings.attention,
+            residual=DTYPES[settings.residual],
+        )
+
     def schedule(self, settings: Settings) -> Schedule: ...
 
 
-class WanFamily:
+class WanFamily(Family):
     """Wan 2.1 text-to-video: UMT5 states of the cleaned prompt, the causal VAE's latents, flow matching."""
 
     encoders = ("text_encoder",)

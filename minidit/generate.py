@@ -39,11 +39,18 @@ from minidit.weights import Component, load_into, read_manifest
 
 DEMO = Path(__file__).parent / "demo"
 CLASSES = {  # class of a component -> the file that has it
+    "HunyuanVideo": "minidit.models.hunyuan_video",
+    "LlamaEncoder": "minidit.text.llama",
+    "CLIPText": "minidit.text.clip",
+    "HunyuanVAE": "minidit.vae.hunyuan_video",
     "Wan": "minidit.models.wan",
     "T5Encoder": "minidit.text.t5",
     "WanVAE": "minidit.vae.wan",
+    "Latte": "minidit.models.latte",
+    "KLVAE": "minidit.vae.kl",
 }
-ALWAYS_FP32 = ("WanVAE",)  # as the originals run it: bf16 shows as banding
+ALWAYS_FP32 = ("WanVAE", "KLVAE")  # as the originals run it: bf16 shows as banding
+FP16_FOR_BF16 = ("LlamaEncoder", "CLIPText", "HunyuanVAE")  # as the original runs them
 
 
 @dataclass(frozen=True)
@@ -107,12 +114,13 @@ class Engine:
         cache: str = "none",
         attention: str = "auto",
         residual: str | None = None,
+        true_cfg: float | None = None,
         progress: bool = False,
     ) -> Video:
         """Make one video. What is None is the model's default; sizes are used exactly, or refused."""
         choices = Choices(
             negative_prompt, seed, width, height, num_frames, steps, guidance_scale,
-            flow_shift, solver, sigma_grid, fps, cache, attention, residual,
+            flow_shift, solver, sigma_grid, fps, cache, attention, residual, true_cfg,
         )  # fmt: skip
         settings = self.resolve(prompt, choices)
         watch = Stopwatch()
@@ -138,6 +146,9 @@ class Engine:
             "residual": self.dtype,
         }
         values = wanted | given
+        if bool(values["true_cfg"]) != bool(wanted["true_cfg"]):
+            then = "1 turns it off" if wanted["true_cfg"] else "only models that are told their guidance have it"
+            raise ValueError(f"true_cfg={values['true_cfg']}: {then}")
         latent = self.family.latent_shape(values["width"], values["height"], values["num_frames"])
         settings = Settings(
             prompt=prompt,
@@ -155,9 +166,9 @@ class Engine:
     def check_cache(self, settings: Settings) -> None:
         """Refuse a caching method that cannot act on this run."""
         policy, _ = self.policy(settings)
-        steps = self.family.schedule(settings).steps(settings.guidance_scale)
+        steps = self.family.schedule(settings).steps(settings.cfg_scale)
         subs = find_class(self.part("transformer").class_name).subs
-        branches = self.family.branches(settings.guidance_scale)
+        branches = self.family.branches(settings.cfg_scale)
         policy.reset(RunInfo(steps, self.family.depth, subs, branches, self.manifest.family))
 
     def policy(self, settings: Settings) -> tuple[Policy, dict[tuple[int, str], Tensor]]:
@@ -198,7 +209,7 @@ class Engine:
 
     def encode(self, settings: Settings) -> list[Any]:
         """Text of the prompt and, under guidance, of the negative prompt, as model.prepare takes it."""
-        branches = self.family.branches(settings.guidance_scale)
+        branches = self.family.branches(settings.cfg_scale)
         prompts = [settings.prompt, settings.negative_prompt][: len(branches)]
         text = self.family.encode(self, prompts)
         if not self.keep_text_encoder:
@@ -225,7 +236,7 @@ class Engine:
             self.family.schedule(settings),
             noise.to(self.device),
             policy or chosen,
-            guidance_scale=settings.guidance_scale,
+            guidance_scale=settings.cfg_scale,
             family=self.manifest.family,
             constants={key: t.to(self.device, DTYPES[self.dtype]) for key, t in constants.items()},
             progress=progress,
@@ -236,14 +247,9 @@ class Engine:
     def forward(self, settings: Settings, text: list[Tensor]) -> Forward:
         """The transformer with everything that no step of this run changes."""
         model = self.module("transformer")
-        context = model.prepare(
-            text,
-            self.latent_shape(settings)[1:],
-            branches=self.family.branches(settings.guidance_scale),
-            attention=settings.attention,
-            residual=DTYPES[settings.residual],
-        )
-        return Forward(model, context, settings.batched_guidance)
+        context = self.family.prepare(model, text, settings)
+        tokens = self.family.tokens(self.latent_shape(settings))
+        return Forward(model, context, settings.batched_guidance, video_tokens=tokens)
 
     def latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents."""
@@ -252,7 +258,7 @@ class Engine:
     def trace(self, settings: Settings, outcome: Outcome) -> dict:
         """The log of a run, ready for JSON (cache/trace.py)."""
         model, size = self.module("transformer"), self.latent_shape(settings)[1:]
-        branches = self.family.branches(settings.guidance_scale)
+        branches = self.family.branches(settings.cfg_scale)
         table_at = cache(lambda width: model.macs(size, self.family.text_len, width))
         return make_trace(
             asdict(settings), outcome.records, model.subs, branches, table_at, outcome.cache_bytes
@@ -281,6 +287,8 @@ def build(class_name: str, config: Any) -> nn.Module:
 
 def part_dtype(class_name: str, run: torch.dtype) -> torch.dtype:
     """The dtype that a component's weights are loaded in, its keep_fp32 ones aside."""
+    if class_name in FP16_FOR_BF16 and run == torch.bfloat16:
+        return torch.float16
     return torch.float32 if class_name in ALWAYS_FP32 else run
 
 

@@ -48,6 +48,18 @@ class Mlp(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
+class TimeMlp(nn.Module):
+    """Linear, SiLU, linear: a sinusoid to an embedding. x (B, F) -> (B, D)"""
+
+    def __init__(self, freq_width: int, width: int):
+        super().__init__()
+        self.up = nn.Linear(freq_width, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x.to(self.up.weight.dtype))))
+
+
 def timestep_sinusoid(t: Tensor, width: int) -> Tensor:
     """[cos(t f) | sin(t f)] with f_i = 10000^(-2i/width), computed in fp64. t (B,) -> (B, width) fp32"""
     half = width // 2
@@ -56,7 +68,7 @@ def timestep_sinusoid(t: Tensor, width: int) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=1).float()
 
 
-def rope_axis(positions: int, width: int) -> Tensor:
-    """Rotation angles of one axis, position * 10000^(-2i/width). -> (positions, width/2) fp64"""
-    f = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+def rope_axis(positions: int, width: int, theta: float = 10000.0) -> Tensor:
+    """Rotation angles of one axis, position * theta^(-2i/width). -> (positions, width/2) fp64"""
+    f = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     return torch.arange(positions, dtype=torch.float64)[:, None] * f

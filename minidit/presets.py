@@ -62,12 +62,167 @@ class WanVAEConfig:
 
 
 @dataclass(frozen=True)
+class LatteConfig:
+    """The Latte transformer (models/latte.py)."""
+
+    width: int  # D
+    mlp_width: int
+    heads: int  # N; the head width K is width / heads
+    depth: int  # blocks, each a spatial and a temporal half
+    channels: int = 4  # C, latent channels
+    out_channels: int = 8  # of the prediction: noise, then a learned variance that no sampler here uses
+    text_width: int = 4096
+    text_len: int = 120  # M at most: prompts are cut to it
+    freq_width: int = 256  # width of the timestep sinusoid
+    patch: int = 2  # latent cells per token along each side
+    sample_size: int = 64  # latent side in training; its grid is what positions are stretched to span
+    frames: int = 16  # T, of a video; images have one
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width={self.width} does not split into {self.heads} heads and into 4 parts")
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """An image autoencoder used frame by frame (vae/kl.py), with a plain or a temporal decoder."""
+
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels per level; every level but the last halves H, W
+    res_blocks: int = 2  # per level, one more in the decoder
+    latent: int = 4  # C
+    groups: int = 32  # of the group norms
+    scale: float = 0.18215  # latents are multiplied by it
+    is_temporal: bool = False  # which decoder
+    chunk: int = 14  # frames that the temporal decoder takes at a time; chunks know nothing of each other
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class CogVideoXConfig:
+    """The CogVideoX transformer (models/cogvideox.py)."""
+
+    width: int  # D
+    mlp_width: int
+    heads: int  # N; the head width K is width / heads
+    depth: int
+    positions: str  # sincos | rope | rope-cropped: as rope, but fitted into base_grid
+    channels: int = 16  # C, latent channels
+    text_width: int = 4096
+    text_len: int = 226  # M: prompts are padded to it, and every row is attended to
+    time_width: int = 512
+    patch: tuple[int, int, int] = (1, 2, 2)  # latent cells per token along (T, H, W)
+    base_grid: tuple[int, int] = (30, 45)  # tokens along (H, W) of the training size
+    eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width // self.heads % 16:
+            raise ValueError(f"width={self.width} does not split into {self.heads} heads of a width 16n")
+        if self.positions not in ("sincos", "rope", "rope-cropped"):
+            raise ValueError(f"positions={self.positions!r} is not one of sincos, rope, rope-cropped")
+
+
+@dataclass(frozen=True)
+class CogVideoXVAEConfig:
+    """The CogVideoX video autoencoder (vae/cogvideox.py)."""
+
+    scale: float  # latents are multiplied by it: what the transformer sees
+    widths: tuple[int, ...] = (128, 256, 256, 512)  # channels per level; every level but the last halves H, W
+    res_blocks: int = 3  # per level, one more in the decoder
+    latent: int = 16  # C
+    groups: int = 32  # of the group norms
+    time_levels: int = 2  # how many levels, from the first, halve time too
+    tile: tuple[int, int] = (240, 360)  # pixels (H, W) of a tile, where tiling is asked for
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class HunyuanVideoConfig:
+    """The HunyuanVideo transformer (models/hunyuan_video.py)."""
+
+    width: int  # D
+    mlp_width: int
+    heads: int  # N; the head width K is width / heads
+    double: int  # blocks with weights of their own for video and text
+    single: int  # blocks with one set of weights for both
+    channels: int = 16  # C, latent channels
+    text_width: int = 4096  # of the language model's states
+    pooled_width: int = 768  # of CLIP's pooled vector
+    text_len: int = 256  # M at most: prompts are cut to it
+    refiner_depth: int = 2
+    freq_width: int = 256  # width of the timestep and guidance sinusoids
+    patch: tuple[int, int, int] = (1, 2, 2)  # latent cells per token along (T, H, W)
+    rope_widths: tuple[int, int, int] = (16, 56, 56)  # of a head's channels, turned by (T, H, W)
+    rope_theta: float = 256.0
+    eps: float = 1e-6
+
+    @property
+    def depth(self) -> int:
+        """Double blocks come first, then single ones."""
+        return self.double + self.single
+
+    def __post_init__(self):
+        if self.width % self.heads or sum(self.rope_widths) != self.width // self.heads:
+            raise ValueError(
+                f"width={self.width} over {self.heads} heads is not the sum of rope_widths={self.rope_widths}"
+            )
+        if any(width % 2 for width in self.rope_widths):
+            raise ValueError(f"rope_widths={self.rope_widths} are turned in pairs; wanted even numbers")
+
+
+@dataclass(frozen=True)
+class HunyuanVAEConfig:
+    """The HunyuanVideo video autoencoder (vae/hunyuan_video.py)."""
+
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels per level
+    res_blocks: int = 2  # per level, one more in the decoder
+    latent: int = 16  # C
+    groups: int = 32  # of the group norms
+    scale: float = 0.476986  # latents are multiplied by it
+    temporal_down: tuple[bool, ...] = (False, True, True)  # of the downsamplings, which also halve time
+    tile: int = 256  # pixels: larger sides are coded in overlapping tiles
+    tile_frames: int = 64
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The layers of a Llama 3 language model that its use as a text encoder needs (text/llama.py)."""
+
+    vocab: int
+    width: int
+    mlp_width: int
+    heads: int
+    kv_heads: int
+    depth: int
+    theta: float = 500000.0
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """The text tower of a CLIP model (text/clip.py)."""
+
+    vocab: int
+    width: int
+    mlp_width: int
+    heads: int
+    depth: int
+    positions: int = 77
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
     """Which noise levels a run visits and how it steps between them (schedules.py)."""
 
-    solver: str = "unipc"  # unipc | dpm++ | euler
+    solver: str = "unipc"  # unipc | dpm++ | euler, or over a table of noise levels: ddim
     sigma_grid: str = "wan"  # wan | diffusers: the two releases of unipc visit slightly different sigmas
     shift: float = 5.0  # sigma -> shift * sigma / (1 + (shift - 1) * sigma)
+    # over a table, sigma_grid says which of its levels are visited: leading | leading-1 | linspace | trailing
+    betas: str = ""  # the table: linear
+    prediction: str = ""  # what the model predicts: epsilon
+    ends_clean: bool = True  # the last step goes to no noise at all, else to the table's first level
 
 
 @dataclass(frozen=True)
@@ -81,6 +236,7 @@ class Defaults:
     guidance_scale: float
     fps: int
     negative_prompt: str = ""
+    true_cfg: float = 0.0  # guidance on top of guidance_scale where that is embedded; 0: it is not embedded
 
 
 @dataclass(frozen=True)
@@ -154,6 +310,15 @@ def wan_parts(transformer: WanConfig) -> dict[str, tuple[str, Any]]:
     }
 
 
+# The release's own (Tencent-Hunyuan/HunyuanVideo hyvideo/constants.py), for guidance beside the embedded one.
+HUNYUAN_NEGATIVE_PROMPT = (
+    "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, "
+    "bad teeth, bad eyes, bad limbs, distortion"
+)
+LLAMA3_8B = LlamaConfig(vocab=128320, width=4096, mlp_width=14336, heads=32, kv_heads=8, depth=30)  # of 32
+CLIP_L = CLIPTextConfig(vocab=49408, width=768, mlp_width=3072, heads=12, depth=12)
+
+
 PRESETS = {
     "wan2.1-t2v-1.3b": Preset(
         family="wan",
@@ -166,6 +331,20 @@ PRESETS = {
         components=wan_parts(WanConfig(width=5120, mlp_width=13824, heads=40, depth=40)),
         schedule=ScheduleConfig(),
         defaults=Defaults(1280, 720, 81, 50, 5.0, 16, WAN_NEGATIVE_PROMPT),
+    ),
+    "hunyuan-video": Preset(
+        family="hunyuan_video",
+        components={
+            "text_encoder": ("LlamaEncoder", LLAMA3_8B),
+            "text_encoder_2": ("CLIPText", CLIP_L),
+            "transformer": (
+                "HunyuanVideo",
+                HunyuanVideoConfig(width=3072, mlp_width=12288, heads=24, double=20, single=40),
+            ),
+            "vae": ("HunyuanVAE", HunyuanVAEConfig()),
+        },
+        schedule=ScheduleConfig(solver="euler", sigma_grid="wan", shift=7.0),
+        defaults=Defaults(1280, 720, 129, 50, 6.0, 24, HUNYUAN_NEGATIVE_PROMPT, true_cfg=1.0),
     ),
 }
 

@@ -38,7 +38,7 @@ def draw_timeline(path: Path, trace: dict) -> None:
 
     steps = trace["steps"]
     plans = [from_json(step["plan"]) for step in steps]
-    guided = trace["settings"]["guidance_scale"] != 1
+    guided = (trace["settings"].get("true_cfg") or trace["settings"]["guidance_scale"]) != 1
     branches = ("cond", "uncond") if guided else ("cond",)
     depth, subs = trace["depth"], trace["subs"]
     height = max(2.4, 0.1 * depth * len(branches) + 1.2)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,10 +58,16 @@ class Forward:
     is_batched: bool  # guidance branches run as one batch, not one after the other
     block_fn: Callable | None = None  # a compiled run_block
     probe: Probe | None = None  # sees every sub-module of an uncached run
+    video_tokens: int | None = None  # the first rows of h; text may follow, at which distances do not look
 
     @property
     def branches(self) -> tuple[str, ...]:
         return self.context.branches
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Of every branch's h: where it holds text rows too, prompts of two lengths give two shapes."""
+        return {name: self.model.state_shape(self.context.select((name,))) for name in self.branches}
 
 
 def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
@@ -80,7 +87,8 @@ def predict(
     names = plan.branches or forward.branches
     if (how := recalled(plan)) is not None:
         return {name: recorder.store.mix(PREDICTION, (name,), how) for name in names}
-    groups = [names] if forward.is_batched else [(name,) for name in names]
+    is_batched = forward.is_batched and len({forward.shapes[name] for name in names}) == 1
+    groups = [names] if is_batched else [(name,) for name in names]
     lanes = []
     for group in groups:
         t = torch.full((len(group),), step.t, device=x.device)
@@ -113,7 +121,7 @@ def guided_prediction(
         guided = store.mix(GUIDED, ("",), plan.output)
         Recorder(plan, store, found).see(GUIDED, ("",), guided)
         return guided, plan
-    recorder = Recorder(plan, store, found)
+    recorder = Recorder(plan, store, found, forward.video_tokens)
     decide = None if plan.gate is None else lambda plan, value: policy.decide(step, plan, value)
     outputs = predict(forward, x, step, plan, recorder, decide)
     plan = recorder.plan
@@ -174,13 +182,15 @@ def denoise(
     return outcome
 
 
-def site_shapes(forward: Forward, latents: Tensor) -> Callable[[Site], tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of what a site holds."""
-    shape, residual = forward.model.state_shape(forward.context)
+def site_shapes(
+    forward: Forward, latents: Tensor
+) -> Callable[[Site, str], tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what a site holds of a branch."""
 
-    def shape_of(site: Site) -> tuple[tuple[int, ...], torch.dtype]:
+    def shape_of(site: Site, branch: str) -> tuple[tuple[int, ...], torch.dtype]:
         if site in SHARED or site == PREDICTION:
             return tuple(latents.shape), torch.float32
+        shape, residual = forward.shapes[branch]
         return shape, forward.model.dtype if site.kind == "sub" else residual
 
     return shape_of

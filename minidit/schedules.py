@@ -285,3 +285,139 @@ def check_step(
         raise ValueError(
             f"step {i}: {count} noise tensors given; pass needs_noise={schedule.needs_noise} of them"
         )
+
+
+# Over a table of noise levels: DDIM
+#
+# A sample at level t of the table is x = sqrt(alpha) * x0 + sqrt(1 - alpha) * noise, alpha being the product
+# of 1 - beta up to t. A step guesses x0 and keeps the noise that is left (Song et al., 2021, eta 0):
+#
+#     x_next = keep * x + (sqrt(alpha_next) - keep * sqrt(alpha)) * x0
+#     keep = sqrt((1 - alpha_next) / (1 - alpha))
+
+
+@dataclass(frozen=True)
+class TableSchedule:
+    """The levels of a run and how to go from one to the next. Made by make_table_schedule."""
+
+    solver: str
+    timesteps: tuple[int, ...]  # falling
+    alphas: tuple[float, ...]  # at each timestep
+    alphas_next: tuple[float, ...]  # where its step leads
+    prediction: str
+    needs_noise: int = 0
+
+    def steps(self, guidance: float | Sequence[float]) -> tuple[Step, ...]:
+        """The run as a table; guidance is one number or one per step. sigma is sqrt(1 - alpha)."""
+        n = len(self.timesteps)
+        table = (guidance,) * n if isinstance(guidance, int | float) else tuple(guidance)
+        if len(table) != n:
+            raise ValueError(f"guidance has {len(table)} values for {n} steps; give one number or {n}")
+        rows = zip(self.timesteps, self.alphas, table, strict=True)
+        return tuple(Step(i, n, t, math.sqrt(1 - a), g) for i, (t, a, g) in enumerate(rows))
+
+    def start(self) -> State:
+        """The history before step 0: none."""
+        return State()
+
+    def step(
+        self, i: int, x: Tensor, prediction: Tensor, state: State, noise: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, State]:
+        """Step i: x fp32 · prediction like x -> (x_next, state of this step). Pure, as Schedule.step is."""
+        check_table_step(self, i, x, prediction, noise)
+        alpha = self.alphas[i]
+        x0 = X0[self.prediction](x, prediction, alpha)
+        return ddim_step(x, x0, alpha, self.alphas_next[i]), state
+
+
+def x0_from_epsilon(x: Tensor, epsilon: Tensor, alpha: float) -> Tensor:
+    """x0 = (x - sqrt(1 - alpha) * epsilon) / sqrt(alpha)."""
+    return torch.add(x, epsilon, alpha=-math.sqrt(1 - alpha)) / math.sqrt(alpha)
+
+
+X0 = {"epsilon": x0_from_epsilon}
+
+
+def ddim_step(x: Tensor, x0: Tensor, alpha: float, alpha_next: float) -> Tensor:
+    """One step of DDIM, from level alpha to level alpha_next."""
+    keep = math.sqrt((1 - alpha_next) / (1 - alpha))
+    return torch.add(keep * x, x0, alpha=math.sqrt(alpha_next) - keep * math.sqrt(alpha))
+
+
+def linear_alphas(shift: float) -> Tensor:
+    """betas from 0.0001 to 0.02 in even strides, which have no shift. -> (1000,) fp64"""
+    if shift != 1:
+        raise ValueError(f"shift={shift} has no meaning for linear betas; leave it at 1")
+    betas = torch.linspace(1e-4, 0.02, TRAIN_STEPS, dtype=torch.float32)  # as upstream: the fp32 numbers
+    return (1 - betas).cumprod(0).double()
+
+
+ALPHAS = {"linear": linear_alphas}  # (shift) -> alpha of the levels 0 .. 999
+
+
+def leading_steps(n: int) -> list[int]:
+    """0, k, 2k, ... backwards, k = 1000 // n: the noisiest level is left out."""
+    return [i * (TRAIN_STEPS // n) for i in reversed(range(n))]
+
+
+def linspace_steps(n: int) -> list[int]:
+    """From the last level to the first, rounded half to even."""
+    return [round(t) for t in linspace(0.0, TRAIN_STEPS - 1.0, n)][::-1]
+
+
+def trailing_steps(n: int) -> list[int]:
+    """From the last level on in strides of 1000 / n, rounded half to even."""
+    return [round(TRAIN_STEPS - i * (TRAIN_STEPS / n)) - 1 for i in range(n)]
+
+
+SPACINGS = {
+    "leading": leading_steps,
+    "leading-1": lambda n: [t + 1 for t in leading_steps(n)],
+    "linspace": linspace_steps,
+    "trailing": trailing_steps,
+}
+
+
+def make_table_schedule(config: ScheduleConfig, steps: int) -> TableSchedule:
+    """The schedule of a run of that many steps over a table.
+
+    A step goes down by 1000 // steps levels, as upstream schedulers count, wherever the next one begins.
+    """
+    for what, value, known in (
+        ("betas", config.betas, ALPHAS),
+        ("prediction", config.prediction, X0),
+        ("sigma_grid", config.sigma_grid, SPACINGS),
+    ):
+        if value not in known:
+            raise ValueError(f"{config.solver}: unknown {what} {value!r}; choose one of {', '.join(known)}")
+    if not isinstance(steps, int) or not 1 <= steps <= TRAIN_STEPS:
+        raise ValueError(f"steps={steps} is not a whole number from 1 to {TRAIN_STEPS}")
+    alphas = ALPHAS[config.betas](config.shift).tolist()
+    timesteps = SPACINGS[config.sigma_grid](steps)
+    last = 1.0 if config.ends_clean else alphas[0]
+    after = [t - TRAIN_STEPS // steps for t in timesteps]
+    return TableSchedule(
+        solver=config.solver,
+        timesteps=tuple(timesteps),
+        alphas=tuple(alphas[t] for t in timesteps),
+        alphas_next=tuple(alphas[t] if t >= 0 else last for t in after),
+        prediction=config.prediction,
+    )
+
+
+def check_table_step(
+    schedule: TableSchedule, i: int, x: Tensor, prediction: Tensor, noise: Sequence[Tensor] | None
+) -> None:
+    """ValueError or TypeError unless TableSchedule.step can do step i with these."""
+    n, count = len(schedule.timesteps), len(noise or ())
+    if not 0 <= i < n:
+        raise ValueError(f"step {i} is not one of this schedule's {n}; count from 0 to {n - 1}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"step {i}: x is {x.dtype}, too coarse to add small steps to; pass x.float()")
+    if prediction.shape != x.shape:
+        got = f"prediction {tuple(prediction.shape)}, x {tuple(x.shape)}"
+        raise ValueError(f"step {i}: {got}; they must be alike (drop what else the model predicts)")
+    if count != schedule.needs_noise:
+        raise ValueError(
+            f"step {i}: {count} noise tensors given; pass needs_noise={schedule.needs_noise} of them"
+        )

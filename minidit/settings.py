@@ -39,7 +39,13 @@ class Settings:
     device: str
     model: str
     model_id: str  # of the weights, whatever the folder is called
+    true_cfg: float = 0.0  # guidance on top of guidance_scale where that is embedded; 0: it is not embedded
     minidit: str = __version__
+
+    @property
+    def cfg_scale(self) -> float:
+        """Of classifier-free guidance, with its second branch; 1 is without."""
+        return self.true_cfg or self.guidance_scale
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Choices:
     cache: str = "none"
     attention: str = "auto"
     residual: str | None = None
+    true_cfg: float | None = None
 
 
 def profile_match(settings: Settings) -> dict[str, Any]:
@@ -68,7 +75,8 @@ def profile_match(settings: Settings) -> dict[str, Any]:
         "model_id", "width", "height", "num_frames", "steps", "solver", "sigma_grid", "flow_shift",
         "guidance_scale", "dtype",
     )  # fmt: skip
-    return {name: getattr(settings, name) for name in names}
+    beside = {"true_cfg": settings.true_cfg} if settings.true_cfg else {}
+    return {name: getattr(settings, name) for name in names} | beside
 
 
 def set_threads(settings: Settings) -> None:
@@ -87,6 +95,8 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"seed={settings.seed} is not between 0 and 2^63 - 1")
     if not math.isfinite(settings.guidance_scale):
         raise ValueError(f"guidance_scale={settings.guidance_scale} is not a number; 1 turns guidance off")
+    if not 0 <= settings.true_cfg < math.inf:
+        raise ValueError(f"true_cfg={settings.true_cfg} is not a number above 0; 1 turns it off")
     if not 0 < settings.fps < math.inf:
         raise ValueError(f"fps={settings.fps} is not above 0")
     if settings.attention not in BACKENDS:

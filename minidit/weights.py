@@ -21,18 +21,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minidit.presets import Defaults, ScheduleConfig, T5Config, WanConfig, WanVAEConfig
+from minidit.presets import (
+    Defaults,
+    KLConfig,
+    LatteConfig,
+    ScheduleConfig,
+    T5Config,
+    WanConfig,
+    WanVAEConfig,
+)
 
 FORMAT = 1
 COMPONENTS = (
     "transformer", "transformer_2", "text_encoder", "text_encoder_2", "vae", "vae_2",
     "tokenizer", "tokenizer_2",
 )  # fmt: skip
-CONFIGS = {"Wan": WanConfig, "T5Encoder": T5Config, "WanVAE": WanVAEConfig, "SentencePiece": None}
+CONFIGS = {
+    "Wan": WanConfig,
+    "WanVAE": WanVAEConfig,
+    "T5Encoder": T5Config,
+    "SentencePiece": None,
+    "Latte": LatteConfig,
+    "KLVAE": KLConfig,
+}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONVERT = "python -m weights_convert SOURCE OUT"
 
-Config = WanConfig | T5Config | WanVAEConfig
+Config = Any  # one of the dataclasses in CONFIGS
 
 
 @dataclass(frozen=True)

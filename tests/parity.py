@@ -3,8 +3,8 @@
     python -m tests.parity DIR...
 
 Each DIR is a recording: config.json says which component it is, io.safetensors holds inputs and outputs.
-The measure is max|a - b| / max|reference| over every recorded output; bounds are in tolerances.json beside the
-recordings. Exit code 1 where anything is beyond its bound, 3 where a component is not supported.
+The measure is max|a - b| / max|reference| over every recorded output; bounds are in tolerances.json beside
+the recordings. Exit code 1 where anything is beyond its bound, 3 where a component is not supported.
 """
 
 import argparse

@@ -221,7 +221,7 @@ def read_piece(piece: Piece, upstream: Upstream, dtype: torch.dtype | None) -> T
     tensor = upstream.read()
     if dtype == torch.float16 and tensor.abs().max() > torch.finfo(dtype).max:
         raise ValueError(f"{piece.upstream} has values beyond the range of fp16; use --dtype bf16")
-    return tensor.reshape(piece.shape)
+    return piece.take(tensor)
 
 
 def check_space(out: Path, needed: int) -> None:

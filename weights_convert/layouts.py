@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from minidit.weights import CONFIGS, Config, config_from_json
-from weights_convert import wan
+from weights_convert import latte, t5, wan
 from weights_convert.names import Fit, Layout, Shapes, fit
 
-LAYOUTS = wan.LAYOUTS
+LAYOUTS = (*wan.LAYOUTS, *t5.LAYOUTS, *latte.LAYOUTS)
 REFUSALS = (wan.refusal,)
-KNOWN = "Wan 2.1 text-to-video transformers, the Wan 2.1 VAE and UMT5 encoders"
+KNOWN = "Wan 2.1 text-to-video, Latte, their autoencoders, UMT5 and T5 encoders"
 
 
 def recognise(shapes: Shapes) -> Layout | None:

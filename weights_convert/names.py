@@ -5,6 +5,7 @@ order. A note in brackets says what happens on the way:
 
     "time_projection.1.{}": "time_mod.{}"                         as it is
     "blocks.{}.self_attn.k.{}": "blocks.{}.attn.qkv.{} (2 of 3)"  the second of three parts on dimension 0
+    "blocks.{}.norm1.linear.{}": "blocks.{}.mod.{} (1+3 of 4)"    its two halves are the first and the third
     "blocks.{}.modulation": "blocks.{}.mod (squeeze)"             (1, 6, D) -> (6, D): dimensions of size 1 go
     "patch_embedding.weight": "patch_in.weight (flat)"            (D, C, ...) -> (D, C * ...): a patch a row
 """
@@ -13,9 +14,10 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from minidit.weights import listing
 
@@ -38,7 +40,8 @@ class Layout:
     ]  # (shapes, config.json or {}) -> fields of our config, as far as known
     table: Callable[[Any, Shapes], dict[str, str]]  # (config, shapes) -> lines
     is_config: str = ""  # a key of this layout's config.json; "": it has none
-    drop: dict[str, str] = field(default_factory=dict)  # upstream name -> reason
+    drop: dict[str, str] = field(default_factory=dict)  # upstream name, or its start and a * -> reason
+    unsaid: tuple[str, ...] = ()  # fields of the config that no file of the component tells, but the release
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,12 @@ class Piece:
     shape: Shape  # after the reshape
     part: int  # from 0
     parts: int
+    share: tuple[int, int] = (0, 1)  # which of how many equal shares of the upstream tensor, on dimension 0
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The piece out of its upstream tensor."""
+        which, count = self.share
+        return tensor.chunk(count)[which].reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,8 @@ class Fit:
     problems: list[str]
 
 
-LINE = re.compile(r"(?P<name>\S+)(?: \((?:(?P<part>\d) of (?P<parts>\d)|(?P<reshape>flat|squeeze))\))?")
+PART, RESHAPE = r"(?P<part>\d(?:\+\d)*) of (?P<parts>\d)", r"(?P<reshape>flat|squeeze)"
+LINE = re.compile(rf"(?P<name>\S+)(?: \((?:{PART}|{RESHAPE})\))?")
 
 
 def fit(shapes: Shapes, targets: Shapes, table: dict[str, str], drop: dict[str, str]) -> Fit:
@@ -72,13 +82,14 @@ def fit(shapes: Shapes, targets: Shapes, table: dict[str, str], drop: dict[str, 
     pieces, dropped, unmatched = {}, {}, []
     for upstream, shape in shapes.items():
         line = next((m.expand(_template(v)) for p, v in patterns if (m := p.fullmatch(upstream))), None)
-        if line is None and upstream in drop:
-            dropped[upstream] = drop[upstream]
+        reason = next((why for name, why in drop.items() if fnmatchcase(upstream, name)), None)
+        if line is None and reason is not None:
+            dropped[upstream] = reason
         elif line is None or LINE.fullmatch(line)["name"] not in targets:
             unmatched.append(upstream)
         else:
-            pieces.setdefault(LINE.fullmatch(line)["name"], []).append(
-                _piece(upstream, shape, LINE.fullmatch(line))
+            pieces.setdefault(LINE.fullmatch(line)["name"], []).extend(
+                _pieces(upstream, shape, LINE.fullmatch(line))
             )
     for parts in pieces.values():
         parts.sort(key=lambda piece: piece.part)
@@ -98,12 +109,15 @@ def _template(line: str) -> str:
     return first + "".join(rf"\g<{i}>{text}" for i, text in enumerate(rest, 1))
 
 
-def _piece(upstream: str, shape: Shape, line: re.Match) -> Piece:
+def _pieces(upstream: str, shape: Shape, line: re.Match) -> list[Piece]:
     if line["reshape"] == "flat":
         shape = (shape[0], math.prod(shape[1:]))
     elif line["reshape"] == "squeeze":
         shape = tuple(n for n in shape if n != 1)
-    return Piece(upstream, shape, int(line["part"] or 1) - 1, int(line["parts"] or 1))
+    numbers, parts = [int(n) - 1 for n in (line["part"] or "1").split("+")], int(line["parts"] or 1)
+    if len(numbers) > 1:
+        shape = (shape[0] // len(numbers), *shape[1:])
+    return [Piece(upstream, shape, n, parts, (i, len(numbers))) for i, n in enumerate(numbers)]
 
 
 def _misfit(name: str, pieces: list[Piece], target: Shape) -> str:

@@ -1,7 +1,7 @@
-"""The embedded model's tokenizer: sentencepiece, unigram, 512 pieces, trained on drawn captions and on plain English.
+"""The embedded model's tokenizer: sentencepiece, unigram, 512 pieces, from drawn captions and plain English.
 
-On captions alone it would stop at a hundred pieces and cut the names of colours; the sentences below, written for
-this, fill the rest of the vocabulary with letters and word parts, so that unknown words are spelled, not lost.
+On captions alone it would stop at a hundred pieces and cut the names of colours; the sentences below, written
+for this, fill the vocabulary with letters and word parts, so that unknown words are spelled, not lost.
 """
 
 import random
@@ -81,7 +81,7 @@ The painter mixed blue and yellow until the green matched the colour of the mead
 
 
 def training_text(rng: random.Random, captions: int) -> list[str]:
-    """Captions, plain sentences, and every word with a comma: only what two different words share becomes a piece."""
+    """Captions, sentences, and every word with punctuation: a piece is what two different words share."""
     texts = [clip.caption for clip in sample_clips(captions, combinations(), rng)]
     texts += [line for line in PLAIN_ENGLISH.split("\n") if line]
     words = sorted({word.strip(".,") for text in texts for word in text.split()})
@@ -91,7 +91,7 @@ def training_text(rng: random.Random, captions: int) -> list[str]:
 
 
 def train_tokenizer(path: Path, *, seed: int = 0, captions: int = 4000) -> None:
-    """Write spiece.model. The captions' words of held-out combinations are in it, as all share their words."""
+    """Write spiece.model. Held-out combinations add no words of their own."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(training_text(random.Random(seed), captions)),
         model_prefix=str(path.with_suffix("")),

@@ -1,7 +1,7 @@
 """The embedded model's data: captioned shapes in motion, drawn on the fly, nothing stored.
 
 A clip is one anti-aliased shape on a plain background that travels, grows, shrinks or rests. A tenth of all
-(colour, shape, motion) combinations, fixed by a hash, is never shown to the transformer: `check.py` asks for those.
+(colour, shape, motion) combinations, fixed by a hash, is hidden from the transformer; check.py asks for it.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ BACKGROUNDS = {
 }
 MIN_CONTRAST = 100.0  # RGB distance below which a background would hide the object
 
-# name -> (corners, outer radius, inner radius, angle of the first corner), radii in units of the clip's radius.
+# name -> (corners, outer radius, inner radius, angle of the first corner), in units of the clip's radius.
 # Outer radii bring the areas near to each other; a star's inner radius lies below that of a straight edge.
 SHAPES = {
     "circle": (0, 1.0, 1.0, 0.0),

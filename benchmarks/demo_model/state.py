@@ -1,9 +1,10 @@
 """What a training stage is made of and how it survives a kill: one file, written whole or not at all."""
 
+import ast
 import math
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +23,6 @@ class Stage:
     total: int  # samples of the whole run; the learning rate follows seen / total
     seen: int = 0
     seconds: float = 0.0
-    notes: dict = field(default_factory=dict)  # plain numbers that belong to the weights
 
 
 def make_stage(modules: nn.ModuleDict, *, lr: float, decay: float, total: int, seed: int) -> Stage:
@@ -41,7 +41,6 @@ def save(stage: Stage, path: Path) -> None:
         "rng": repr(stage.rng.getstate()),
         "generator": stage.generator.get_state(),
         "counters": [stage.total, stage.seen, stage.seconds],
-        "notes": stage.notes,
     }
     part = path.with_suffix(".part")
     torch.save(held, part)
@@ -49,9 +48,7 @@ def save(stage: Stage, path: Path) -> None:
 
 
 def resume(stage: Stage, path: Path, *, total: int | None = None) -> None:
-    """Fill the stage from its checkpoint; a new total stretches or shortens what is left of the learning rate."""
-    import ast
-
+    """Fill the stage from its checkpoint; a new total stretches what is left of the learning rate's way."""
     device = next(stage.modules.parameters()).device
     held = torch.load(path, map_location=device, weights_only=True)
     stage.modules.load_state_dict(held["modules"])
@@ -61,11 +58,10 @@ def resume(stage: Stage, path: Path, *, total: int | None = None) -> None:
     stage.generator.set_state(held["generator"].cpu())
     stage.total, stage.seen, stage.seconds = held["counters"]
     stage.total = total or stage.total
-    stage.notes = held["notes"]
 
 
 def rate(seen: int, total: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear to one over `warmup` samples, then a cosine to zero at `total`."""
+    """Share of the peak learning rate: linear over `warmup` samples, under a cosine to zero at `total`."""
     return min(1.0, (seen + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, seen / total)))
 
 
@@ -84,6 +80,11 @@ def update(stage: Stage, loss: Tensor, samples: int, *, lr: float, warmup: int, 
     stage.seen += samples
 
 
+def fit(stage: Stage, budget_s: float) -> None:
+    """Set the total to what fits into the time, going by the speed so far. Stays as it is on resuming."""
+    stage.total = max(stage.seen, int(stage.seen * budget_s / stage.seconds))
+
+
 def load_ema(stage: Stage) -> None:
-    """Put the running mean into the modules: what is measured and exported. Training cannot go on after it."""
+    """Put the running mean into the modules: what is measured and exported. Training ends with it."""
     stage.modules.load_state_dict(stage.ema)

@@ -46,6 +46,7 @@ class ErrorProbe(SubmoduleProbe):
         super().__init__()
         self.kinds, self.max_window, self.share = kinds, max_window, share
         self.past: dict[tuple, deque[Tensor]] = {}  # newest first
+        self.tokens = 0  # of one video
         self.found: Found = {}
 
     def begin_step(self, prompt: int, step: int) -> None:
@@ -56,6 +57,7 @@ class ErrorProbe(SubmoduleProbe):
     def __call__(self, branches, block, name, module, inputs, out) -> None:
         if name not in self.kinds:
             return
+        self.tokens = out.shape[1]
         rows = out[:, pick_tokens(out.shape[1], self.share).to(out.device)].float()  # (B, picked, D)
         for row, branch in zip(rows, branches, strict=True):
             past = self.past.setdefault((branch, block, name), deque(maxlen=self.max_window))
@@ -254,6 +256,7 @@ def calibrate_unicp(
         "steps": len(errors["attn"]),
         "depth": len(errors["attn"][0]),
         "prompts": len({where[0] for where in drift.found}),
+        "tokens": drift.tokens,
         "pool": pool,
         "max_window": max_window,
         "errors": errors,  # [kind][i][block][k - 1]

@@ -77,10 +77,15 @@ def run_block(
 
 
 class Recorder:
-    """Measures and keeps what a plan wants of the values that pass by."""
+    """Measures and keeps what a plan wants of the values that pass by.
 
-    def __init__(self, plan: Plan, store: Store, measurements: Measurements):
-        self.store, self.measurements = store, measurements
+    video_tokens: the first rows of a state, at which alone distances look; None is all
+    """
+
+    def __init__(
+        self, plan: Plan, store: Store, measurements: Measurements, video_tokens: int | None = None
+    ):
+        self.store, self.measurements, self.video_tokens = store, measurements, video_tokens
         self.gate_value = float("inf")  # as long as there is nothing to compare with
         self.follow(plan)
 
@@ -102,13 +107,18 @@ class Recorder:
             for measure in self.plan.measure:
                 if (measure.site, measure.branch) == (site, branch or measure.branch):
                     if (old := self.old(site, branch, measure.age)) is not None:
-                        self.measurements.add(measure, row, old)
+                        self.measurements.add(measure, self.video(site, row), self.video(site, old))
             gate = self.plan.gate
             if gate and (gate.measure.site, gate.measure.branch) == (site, branch):
                 if (old := self.old(site, branch, gate.measure.age)) is not None:
-                    self.gate_value = distance(row, old, gate.measure.norm)
+                    pair = self.video(site, row), self.video(site, old)
+                    self.gate_value = distance(*pair, gate.measure.norm)
             if site in self.keep and self.store.holds(site, branch):
                 self.store.push(site, branch, row)
+
+    def video(self, site: Site, value: Tensor) -> Tensor:
+        """What distances look at: of a state (1, L + M, D) the first L rows."""
+        return value[:, : self.video_tokens] if site.kind in ("h", "residual", "sub") else value
 
     def old(self, site: Site, branch: str, age: int) -> Tensor | None:
         """The stored value of that age, or None while there is none."""

@@ -217,7 +217,7 @@ def mixcache_data(runs, impacts, noise, blocks: list[int], settings: Settings) -
     scale = fmean(row["step abs"][0] for rows in runs for row in rows[after:])
     impact = {"step": mean_abs_normal(*noise["step"]) / scale}
     if "cfg" in noise:
-        impact["cfg"] = (settings.guidance_scale - 1) * mean_abs_normal(*noise["cfg"]) / scale
+        impact["cfg"] = (settings.cfg_scale - 1) * mean_abs_normal(*noise["cfg"]) / scale
     steps = len(curves["step"])
     averaged = {i: {t: fmean(run[i][t] for run in impacts) for t in impacts[0][i]} for i in blocks}
     return {

@@ -65,13 +65,13 @@ class Store:
 def make_store(
     needs: Sequence[Need],
     branches: Sequence[str],
-    shape_of: Callable[[Site], Shape],
+    shape_of: Callable[[Site, str], Shape],
     device: torch.device | str,
     constants: Mapping[tuple[int, str], Tensor] | None = None,
 ) -> Store:
     """Allocate all rings before step 0; too much for the device is refused with the number."""
     wanted = {
-        (need.site, branch): (need.depth, *shape_of(need.site))
+        (need.site, branch): (need.depth, *shape_of(need.site, branch))
         for need in needs
         for branch in (("",) if need.site in SHARED else need.branches or branches)
         if branch in ("", *branches)

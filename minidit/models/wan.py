@@ -274,8 +274,8 @@ class Wan(nn.Module):
     def activation_bytes(self, tokens: int, item: int) -> int:
         """An estimate of the fullest moment of a block, beside text keys and values of two branches.
 
-        In attention: h, its normed copy, qkv and the rotated q and k with their fp32 forms; in the MLP: h, the
-        normed copy and the hidden layer before and after GELU. item: bytes of the run's dtype
+        In attention: h, its normed copy, qkv and the rotated q and k with their fp32 forms; in the MLP: h,
+        the normed copy and the hidden layer before and after GELU. item: bytes of the run's dtype
         """
         c = self.config
         attention = c.width * (7 * item + 8)

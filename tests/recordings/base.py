@@ -54,7 +54,7 @@ def load_upstream(module: nn.Module, config: Any, tensors: dict[str, Tensor]) ->
     if found.problems:
         raise ValueError(f"recorded weights do not fit: {'; '.join(found.problems)}")
     state = {
-        name: torch.cat([tensors[piece.upstream].reshape(piece.shape) for piece in pieces])
+        name: torch.cat([piece.take(tensors[piece.upstream]) for piece in pieces])
         for name, pieces in found.pieces.items()
     }
     module.load_state_dict(state)

@@ -84,6 +84,11 @@ def at_most(wanted: Sequence[int], full: int, count: int = MOST_WIDTHS) -> tuple
     return min(rounded, key=sum)
 
 
+def saves(width: int, full: int, tokens: int) -> bool:
+    """Whether narrower scores save more multiply-adds (per token and head) than turning q and k costs."""
+    return tokens * (full - width) > 2 * full * width
+
+
 def nearest_width(widths: Sequence[int], full: int, ratio: float) -> int:
     """The width that removes the share of the directions that is nearest to `ratio`."""
     return min(widths, key=lambda width: abs(full - width - ratio * full))
@@ -93,7 +98,8 @@ class UniCP:
     """Reuses attention outputs along a calibrated map, and narrows queries and keys where they have to run.
 
     threshold: E1 .. E5 or a number · window: strict or literal · slice, reuse: the two halves of the method
-    ratio: slices every block by this share (0.1 .. 0.4), whatever the threshold says
+    ratio: slices every block by this share (0.1 .. 0.4), whatever it costs; without it the threshold decides,
+    and only where it saves multiply-adds: few tokens are not worth the rotation of queries and keys
     ramp: threshold * (block + 1) / depth · max_window: longest window, None for all that was calibrated
     basis: of the slices, two-sided or pca · kinds: sub-modules that have windows
     maps: reuse attention maps too, where a model's attention is short enough to keep them
@@ -207,10 +213,9 @@ class UniCP:
     def find_sources(self, steps: int) -> dict[Sub, tuple[int, ...]]:
         """The map: the step that every step's output comes from, for all sub-modules it can act on."""
         found: dict[Sub, tuple[int, ...]] = {}
+        kinds = dict.fromkeys((*self.kinds, "attn"))  # attention may be sliced without having windows
         for block in range(self.depth):
-            for kind in dict.fromkeys(
-                (*self.kinds, "attn")
-            ):  # attention may be sliced without having windows
+            for kind in kinds:
                 if not self.reuse or kind not in self.kinds:
                     found[block, kind] = tuple(range(steps))
                     continue
@@ -228,5 +233,6 @@ class UniCP:
         for block in range(self.depth):
             runs_at = [i for i, source in enumerate(self.sources[block, "attn"]) if i == source]
             losses = [p["slice_losses"][i][block] for i in runs_at]
-            wanted.append(block_width(losses, widths, full, self.threshold_of(block)))
+            width = block_width(losses, widths, full, self.threshold_of(block))
+            wanted.append(width if saves(width, full, p["tokens"]) else full)
         return {k: width for k, width in enumerate(at_most(wanted, full)) if width < full}
