@@ -15,12 +15,15 @@ step() {
     "$python" -m benchmarks.step --preset wan2.1-t2v-1.3b --size 832x480 --num-frames 81
     "$python" -m benchmarks.step --preset wan2.1-t2v-14b --size 832x480 --num-frames 81 --runs 3
 }
+hunyuan() {
+    "$python" -m benchmarks.step --preset hunyuan-video --size 960x544 --num-frames 129 --runs 3
+}
 train() {
     "$python" -m benchmarks.demo_model.train --out "${OUT:-.}/demo_model" --device cuda
 }
 
 case "${1:-all}" in
-    smoke | step | train) "$1" ;;
-    all) smoke && step && train ;;
-    *) echo "usage: benchmarks/gpu.sh [smoke|step|train]" >&2 && exit 2 ;;
+    smoke | step | hunyuan | train) "$1" ;;
+    all) smoke && step && hunyuan && train ;;
+    *) echo "usage: benchmarks/gpu.sh [smoke|step|hunyuan|train]" >&2 && exit 2 ;;
 esac

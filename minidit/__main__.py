@@ -45,20 +45,21 @@ def one_line(error: BaseException) -> str:
 
 def generate(args: argparse.Namespace) -> None:
     """Prompts to video files."""
-    from minidit.generate import Choices, Engine
+    from minidit.generate import Choices, Engine, Stopwatch
+    from minidit.settings import set_threads
     from minidit.video import check_output, read_settings
 
     past = read_settings(args.from_file) if args.from_file else {}
     jobs = list_jobs(args, past)
     for _, output in jobs:
         check_output(output)
+    check_logs(args, len(jobs))
     model, dtype = args.model or past.get("model", "demo"), args.dtype or past.get("dtype")
     engine = Engine(
         model,
         device=args.device,
         dtype=dtype,
         verify=args.verify,
-        keep_text_encoder=len(jobs) > 1,
         profiles=args.profiles,
     )
     if past and not args.model and past.get("model_id") != engine.model_id:
@@ -69,31 +70,34 @@ def generate(args: argparse.Namespace) -> None:
     names = [f.name for f in fields(Choices)]
     chosen = {name: past[name] for name in names if name in past}
     chosen |= {name: value for name in names if (value := getattr(args, name)) is not None}
+    if ".py:" in chosen.get("cache", "") and args.cache is None:
+        raise ValueError(
+            f"{args.from_file} was made with {chosen['cache']}, which is code; name it with --cache to run it"
+        )
     choices = Choices(**chosen)
-    settings = [
-        (engine.resolve(prompt, replace(choices, seed=choices.seed + 1000 * index)), output)
-        for index, (prompt, output) in enumerate(jobs)
+    runs = [
+        engine.resolve(prompt, replace(choices, seed=choices.seed + 1000 * index))
+        for index, (prompt, _) in enumerate(jobs)
     ]
-    if args.trace and len(jobs) > 1:
-        raise ValueError("--trace writes the log of one video; give one prompt")
-    for number, (one, output) in enumerate(settings, 1):
-        print(f"[{number}/{len(settings)}] {output}: " if len(settings) > 1 else "", end="")
-        print(describe(one), flush=True)
-        make_video(engine, one, output, args)
+    for settings, (_, output) in zip(runs, jobs, strict=True):
+        check_output(output, settings.fps)
+    set_threads(runs[0])
+    watch = Stopwatch()
+    with watch.stage("text"):
+        texts = engine.encode_all(runs)
+    for number, (settings, text, (_, output)) in enumerate(zip(runs, texts, jobs, strict=True), 1):
+        print(f"[{number}/{len(jobs)}] {output}: " if len(jobs) > 1 else "", end="")
+        print(describe(settings), flush=True)
+        make_video(engine, settings, text, output, watch, args)
 
 
-def make_video(engine, settings, output: Path, args: argparse.Namespace) -> None:
-    """One video, its latents saved before they are decoded."""
-    from minidit.cache.trace import acted, closing_line, write_trace
-    from minidit.generate import Stopwatch, save_latents
-    from minidit.settings import set_threads
+def make_video(engine, settings, text, output: Path, watch, args: argparse.Namespace) -> None:
+    """One video, its latents saved before they are decoded. watch: has timed the text of all videos"""
+    from minidit.generate import save_latents
     from minidit.video import write_video
 
-    quiet, watch = args.quiet, Stopwatch()
-    set_threads(settings)
+    quiet = args.quiet
     latents_path = output.with_name(output.stem + ".latents.safetensors")
-    with watch.stage("text"):
-        text = engine.encode(settings)
     with watch.stage("load"):
         engine.module("transformer")
     with watch.stage("denoise"):
@@ -101,34 +105,35 @@ def make_video(engine, settings, output: Path, args: argparse.Namespace) -> None
     save_latents(latents_path, outcome.latents, settings)
     try:
         with watch.stage("decode"):
-            frames = engine.decode(outcome.latents, progress=not quiet)
+            frames = engine.decode(outcome.latents, tiled=settings.tiled, progress=not quiet)
         with watch.stage("write"):
             write_video(output, frames, fps=settings.fps, settings=asdict(settings))
     except BaseException:
-        print(
-            f"latents are in {latents_path}; python -m minidit decode {latents_path} finishes",
-            file=sys.stderr,
-        )
+        finish = f"python -m minidit decode {latents_path}"
+        print(f"latents are in {latents_path}; {finish} finishes", file=sys.stderr)
         raise
     latents_path.unlink()
-    trace = engine.trace(settings, outcome)
+    report_run(engine.trace(settings, outcome), output, watch.seconds, args)
+
+
+def report_run(trace: dict, output: Path, seconds: dict[str, float], args: argparse.Namespace) -> None:
+    """What a finished run says: its logs, what its cache came to, seconds by stage."""
+    from minidit.cache.trace import acted, closing_line, write_trace
+
+    cache = trace["settings"]["cache"]
     if args.trace:
         write_trace(args.trace, trace)
     if args.timeline:
         from minidit.report import draw_timeline
 
         draw_timeline(args.timeline, trace)
-    if settings.cache != "none":
+    if cache != "none":
         print(closing_line(trace))
-    print(f"{output}  " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in watch.seconds.items()))
-    if (
-        settings.cache != "none"
-        and not settings.cache.startswith("replay:")
-        and not acted(trace)
-        and not args.allow_inert
-    ):
+    print(f"{output}  " + "  ".join(f"{name} {s:.2f} s" for name, s in seconds.items()))
+    is_inert = cache != "none" and not cache.startswith("replay:") and not acted(trace)
+    if is_inert and not args.allow_inert:
         raise ValueError(
-            f"cache {settings.cache} never acted: every step ran in full; loosen its threshold, take more "
+            f"cache {cache} never acted: every step ran in full; loosen its threshold, take more "
             f"steps, or say --allow-inert ({output} is written)"
         )
 
@@ -146,7 +151,8 @@ def decode(args: argparse.Namespace) -> None:
     engine = Engine(args.model or settings.model, device=args.device, dtype=args.dtype or settings.dtype)
     if engine.model_id != settings.model_id and not args.model:
         raise ValueError(f"{args.latents} is of model {settings.model_id}; name its folder with --model")
-    frames = engine.decode(latents, progress=not args.quiet)
+    settings = replace(settings, tiled=bool(args.tiled or settings.tiled))
+    frames = engine.decode(latents, tiled=settings.tiled, progress=not args.quiet)
     write_video(output, frames, fps=settings.fps, settings=asdict(settings))
     print(output)
 
@@ -156,8 +162,14 @@ def profile(args: argparse.Namespace) -> None:
     from minidit.cache import profile as profiling
     from minidit.generate import Choices, Engine
     from minidit.profiles import write_profile
+    from minidit.report import draw_curves, import_pyplot
     from minidit.settings import set_threads
 
+    methods = profiling.methods_to_profile(args.cache)
+    if args.figure:
+        if "mixcache" not in methods:
+            raise ValueError(f"--figure draws mixcache's curves, and --cache is {args.cache}; leave it out")
+        import_pyplot()  # missing, it is missed before the work
     engine = Engine(args.model or "demo", device=args.device, dtype=args.dtype, keep_text_encoder=True)
     names = [f.name for f in fields(Choices)]
     chosen = {name: value for name in names if (value := getattr(args, name, None)) is not None}
@@ -168,13 +180,11 @@ def profile(args: argparse.Namespace) -> None:
     set_threads(settings)
     print(describe(settings), flush=True)
     folder = args.output or engine.folder / "profiles"
-    for method in args.cache.split("+"):
+    for name, method in methods.items():
         found = profiling.make_profile(method, engine, settings, prompts)
         path = write_profile(folder, found)
         print(profiling.describe(found))
-        if args.figure and method == "mixcache":
-            from minidit.report import draw_curves
-
+        if args.figure and name == "mixcache":
             draw_curves(args.figure, found.data, f"{engine.name}, {settings.steps} steps")
         print(path)
     engine.profile_folders = [folder]
@@ -205,7 +215,8 @@ def caches(args: argparse.Namespace) -> None:
     for name in METHODS:
         first, options = summary(name)
         variants = "".join(f"  {name}:{variant}" for variant in getattr(find_class(name), "variants", {}))
-        print(f"{name}{variants}\n    {first}" + (f"\n    options: {options}" if options else ""))
+        shown = "replay:FILE" if name == "replay" else name
+        print(f"{shown}{variants}\n    {first}" + (f"\n    options: {options}" if options else ""))
     print(
         "\nNAME+NAME lets the second act inside the blocks of the first; my_policy.py:MyPolicy is your own."
     )
@@ -233,9 +244,26 @@ def list_jobs(args: argparse.Namespace, past: dict) -> list[tuple[str, Path]]:
     return [(prompt, args.output or Path(f"{slug(prompt)}.mp4"))]
 
 
+def check_logs(args: argparse.Namespace, videos: int) -> None:
+    """Refuse a log that could not be written after the run."""
+    for flag, path in (("--trace", args.trace), ("--timeline", args.timeline)):
+        if path and videos > 1:
+            raise ValueError(f"{flag} writes the log of one video; give one prompt")
+        if path and not path.parent.is_dir():
+            raise ValueError(f"cannot write {path}: folder {path.parent} does not exist; create it first")
+    if args.timeline:
+        from minidit.report import import_pyplot
+
+        import_pyplot()  # missing, it is missed before the run
+
+
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, one per line."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path} holds no prompts; write one per line")
     return lines
@@ -254,7 +282,8 @@ def describe(settings) -> str:
         f"{s.prompt!r}{negative}\n"
         f"  {s.width}x{s.height}, {s.num_frames} frames at {s.fps:g} fps · seed {s.seed} · {s.steps} steps "
         f"{s.solver} ({s.sigma_grid} grid), shift {s.flow_shift:g}, guidance {s.guidance_scale:g}"
-        f"{f' (embedded), true cfg {s.true_cfg:g}' if s.true_cfg else ''}\n"
+        f"{f' (embedded), true cfg {s.true_cfg:g}' if s.true_cfg else ''}"
+        f"{' (dynamic)' if s.dynamic_cfg else ''}\n"
         f"  {s.model} ({s.model_id}) · {s.dtype} on {s.device} · residual {s.residual} · "
         f"attention {s.attention} · {'batched' if s.batched_guidance else 'sequential'} guidance · "
         f"cache {s.cache}"
@@ -279,7 +308,9 @@ def parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="FILE", help=".mp4, .gif, .png or .npz (a folder for --prompts)"
     )
     p.add_argument("--fps", type=float, help="of the file; the model does not see it")
-    p.add_argument("--cache", metavar="SPEC", help="caching method, such as mixcache:eff (none)")
+    add_tiled_flag(p)
+    method = p.add_mutually_exclusive_group()
+    method.add_argument("--cache", metavar="SPEC", help="caching method, such as mixcache:eff (none)")
     p.add_argument("--profiles", type=Path, metavar="DIR", help="caching profiles, if not the model's own")
     p.add_argument("--allow-inert", action="store_true", help="a cache that never acts is no error")
     p.add_argument("--trace", type=Path, metavar="FILE", help="write a log of every step as JSON")
@@ -287,7 +318,7 @@ def parser() -> argparse.ArgumentParser:
         "--timeline", type=Path, metavar="FILE", help="draw what every step ran and reused, a .png"
     )
     again = "force the plans of a trace again"
-    p.add_argument("--replay", dest="cache", type="replay:{}".format, metavar="FILE", help=again)
+    method.add_argument("--replay", dest="cache", type="replay:{}".format, metavar="FILE", help=again)
 
     p = add("profile", profile)
     p.add_argument("--cache", default="mixcache+unicp", help="mixcache, unicp or mixcache+unicp (default)")
@@ -302,6 +333,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("latents", type=Path, help="a .latents.safetensors that generate left behind")
     p.add_argument("--output", type=Path, metavar="FILE", help=".mp4, .gif, .png or .npz")
     add_engine_flags(p)
+    add_tiled_flag(p)
 
     add("models", models)
     add("caches", caches)
@@ -323,6 +355,15 @@ def add_command(commands, name: str, run) -> argparse.ArgumentParser:
     return p
 
 
+def add_tiled_flag(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--tiled",
+        action="store_true",
+        default=None,  # as every choice that was not made
+        help="CogVideoX: decode in blended tiles; less memory, other pixels",
+    )
+
+
 def add_engine_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", metavar="FOLDER", help="a folder from weights_convert, or demo (default)")
     p.add_argument("--device", help="cuda where there is one, else cpu")
@@ -341,7 +382,12 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--flow-shift", type=float, metavar="S", help="more than 1 spends more steps on high noise"
     )
-    p.add_argument("--solver", help="unipc, dpm++ or euler")
+    p.add_argument("--solver", help="unipc, dpm++ or euler; CogVideoX: ddim or dpm")
+    p.add_argument(
+        "--dynamic-cfg",
+        action=argparse.BooleanOptionalAction,
+        help="CogVideoX: guidance that changes from step to step, up to 1 + guidance scale",
+    )
     p.add_argument("--sigma-grid", help="wan or diffusers: whose noise levels to visit")
     p.add_argument("--attention", metavar="BACKEND", help="auto, flash, cudnn, efficient or math")
     p.add_argument("--residual", metavar="DTYPE", help="dtype between blocks; fp32 is the original's")

@@ -85,7 +85,8 @@ def report(model: str, size: tuple[int | None, int | None, int | None], dtype: s
     parts = find_parts(model)
     default = (parts.defaults.width, parts.defaults.height, parts.defaults.num_frames)
     costs = measure(parts, tuple(given or d for given, d in zip(size, default, strict=True)), dtype)
-    c = parts.components["transformer"][1]
+    c, d = parts.components["transformer"][1], parts.defaults
+    forwards, kind = (1, "") if (d.true_cfg or d.guidance_scale) == 1 else (2, "guided ")
     lines = [
         f"{model}: {costs.size[0]}x{costs.size[1]}, {costs.size[2]} frames, {dtype}",
         f"  transformer  {c.depth} blocks, width {c.width}, {c.heads} heads x {c.width // c.heads}, "
@@ -93,7 +94,7 @@ def report(model: str, size: tuple[int | None, int | None, int | None], dtype: s
         "  parameters   " + ", ".join(f"{name} {count(n)}" for name, n in costs.parameters.items()),
         f"  per forward and branch: {costs.macs / 1e12:.4g} TMAC ("
         + ", ".join(f"{sub} {n / costs.macs:.0%}" for sub, n in costs.macs_by_sub.items())
-        + f"); {parts.defaults.steps} guided steps: {2 * parts.defaults.steps * costs.macs / 1e15:.4g} PMAC",
+        + f"); {d.steps} {kind}steps: {forwards * d.steps * costs.macs / 1e15:.4g} PMAC",
         "  memory by stage, one component loaded at a time (activations are estimates):",
     ]
     for name, weights in costs.weight_bytes.items():

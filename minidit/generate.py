@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidit.cache.loop import Probe
 from minidit.cache.plan import Policy, RunInfo
+from minidit.cache.policies.replay import Replay
 from minidit.cache.spec import make_policy, parse
 from minidit.cache.trace import make_trace
 from minidit.families import find_family
 from minidit.profiles import find_profile
-from minidit.sampling import Forward, Outcome, Record, denoise, draw_noise
+from minidit.sampling import Forward, Outcome, Record, denoise, noise_source
+from minidit.schedules import MaskedSchedule
 from minidit.settings import (
     BATCHED_TOKENS,
     DTYPES,
@@ -48,8 +50,12 @@ CLASSES = {  # class of a component -> the file that has it
     "WanVAE": "minidit.vae.wan",
     "Latte": "minidit.models.latte",
     "KLVAE": "minidit.vae.kl",
+    "OpenSora": "minidit.models.open_sora",
+    "OpenSoraVAE": "minidit.vae.open_sora",
+    "CogVideoX": "minidit.models.cogvideox",
+    "CogVideoXVAE": "minidit.vae.cogvideox",
 }
-ALWAYS_FP32 = ("WanVAE", "KLVAE")  # as the originals run it: bf16 shows as banding
+ALWAYS_FP32 = ("WanVAE", "KLVAE", "OpenSoraVAE")  # as the originals run it: bf16 shows as banding
 FP16_FOR_BF16 = ("LlamaEncoder", "CLIPText", "HunyuanVAE")  # as the original runs them
 
 
@@ -89,7 +95,7 @@ class Engine:
         self.folder = DEMO if self.name == "demo" else Path(model)
         self.manifest = read_manifest(self.folder, verify=verify)
         configs = {name: part.config for name, part in self.manifest.components.items()}
-        self.family = find_family(self.manifest.family, configs)
+        self.family = find_family(self.manifest.family, configs, self.manifest.schedule)
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.keep_text_encoder = keep_text_encoder
@@ -115,12 +121,14 @@ class Engine:
         attention: str = "auto",
         residual: str | None = None,
         true_cfg: float | None = None,
+        dynamic_cfg: bool | None = None,
+        tiled: bool = False,
         progress: bool = False,
     ) -> Video:
         """Make one video. What is None is the model's default; sizes are used exactly, or refused."""
         choices = Choices(
             negative_prompt, seed, width, height, num_frames, steps, guidance_scale,
-            flow_shift, solver, sigma_grid, fps, cache, attention, residual, true_cfg,
+            flow_shift, solver, sigma_grid, fps, cache, attention, residual, true_cfg, dynamic_cfg, tiled,
         )  # fmt: skip
         settings = self.resolve(prompt, choices)
         watch = Stopwatch()
@@ -129,7 +137,7 @@ class Engine:
         with watch.stage("denoise"):
             outcome = self.denoise(settings, text, progress=progress)
         with watch.stage("decode"):
-            frames = self.decode(outcome.latents)
+            frames = self.decode(outcome.latents, tiled=settings.tiled)
         return Video(frames, outcome.latents.cpu(), settings, self.trace(settings, outcome), watch.seconds)
 
     def resolve(self, prompt: str, choices: Choices) -> Settings:
@@ -139,16 +147,20 @@ class Engine:
         wanted = asdict(self.manifest.defaults) | {
             "flow_shift": schedule.shift,
             "solver": schedule.solver,
-            # a solver other than the model's own takes the grid that every solver has
+            # a solver other than the model's own takes the grid that every solver has; over a table all do
             "sigma_grid": schedule.sigma_grid
-            if given.get("solver", schedule.solver) == schedule.solver
+            if schedule.betas or given.get("solver", schedule.solver) == schedule.solver
             else "wan",
+            "dynamic_cfg": schedule.dynamic_guidance,
             "residual": self.dtype,
         }
         values = wanted | given
         if bool(values["true_cfg"]) != bool(wanted["true_cfg"]):
-            then = "1 turns it off" if wanted["true_cfg"] else "only models that are told their guidance have it"
+            then = "1 turns it off" if wanted["true_cfg"] else "only models told their guidance have it"
             raise ValueError(f"true_cfg={values['true_cfg']}: {then}")
+        if values["dynamic_cfg"] and schedule.betas != "zero-snr":
+            raise ValueError("dynamic_cfg is of CogVideoX; other models have one guidance for all steps")
+        self.check_tiled(values["tiled"])
         latent = self.family.latent_shape(values["width"], values["height"], values["num_frames"])
         settings = Settings(
             prompt=prompt,
@@ -162,6 +174,11 @@ class Engine:
         check_settings(settings)
         self.check_cache(settings)
         return settings
+
+    def check_tiled(self, tiled: bool) -> None:
+        """Refuse tiles where the autoencoder has none."""
+        if tiled and not self.family.has_tiles:
+            raise ValueError(f"tiled: the autoencoder of {self.folder} has no tiles; leave it out")
 
     def check_cache(self, settings: Settings) -> None:
         """Refuse a caching method that cannot act on this run."""
@@ -180,7 +197,10 @@ class Engine:
             constants.update(profile.tensors if profile else {})
             return profile.data if profile else None
 
-        return make_policy(parse(settings.cache), find), constants
+        policy = make_policy(parse(settings.cache), find)
+        if isinstance(policy, Replay) and policy.slices:
+            find("unicp")  # the bases of its slices
+        return policy, constants
 
     @property
     def model_id(self) -> str:
@@ -209,13 +229,19 @@ class Engine:
 
     def encode(self, settings: Settings) -> list[Any]:
         """Text of the prompt and, under guidance, of the negative prompt, as model.prepare takes it."""
-        branches = self.family.branches(settings.cfg_scale)
-        prompts = [settings.prompt, settings.negative_prompt][: len(branches)]
-        text = self.family.encode(self, prompts)
+        return self.encode_all([settings])[0]
+
+    def encode_all(self, runs: Sequence[Settings]) -> list[list[Any]]:
+        """The text of several runs, before the text encoder makes room for the transformer."""
+        texts = []
+        for settings in runs:
+            branches = self.family.branches(settings.cfg_scale)
+            prompts = [settings.prompt, settings.negative_prompt][: len(branches)]
+            texts.append(self.family.encode(self, prompts))
         if not self.keep_text_encoder:
             for component in self.family.encoders:
                 del self.modules[component]
-        return text
+        return texts
 
     def denoise(
         self,
@@ -229,18 +255,23 @@ class Engine:
     ) -> Outcome:
         """Noise to latents. text: from encode() · policy: in place of the one that the settings name"""
         forward = replace(self.forward(settings, text), probe=probe)
-        noise = draw_noise((1, *self.latent_shape(settings)), settings.seed)
+        draw, schedule = noise_source(settings.seed), self.family.schedule(settings)
+        noise = draw((1, *self.latent_shape(settings))).to(self.device)
+        if (given := self.family.given(self, settings, noise, draw)) is not None:
+            noise, schedule = given.latents, MaskedSchedule(schedule, given.mask)
+            forward = replace(forward, context=replace(forward.context, frame_mask=given.mask))
         chosen, constants = self.policy(settings)
         return denoise(
             forward,
-            self.family.schedule(settings),
-            noise.to(self.device),
+            schedule,
+            noise,
             policy or chosen,
             guidance_scale=settings.cfg_scale,
             family=self.manifest.family,
             constants={key: t.to(self.device, DTYPES[self.dtype]) for key, t in constants.items()},
             progress=progress,
             on_step=on_step,
+            draw=draw,
         )
 
     @torch.inference_mode()
@@ -265,11 +296,12 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, *, progress: bool = False) -> Any:
+    def decode(self, latents: Tensor, *, tiled: bool = False, progress: bool = False) -> Any:
         """Latents to frames. latents (1, C, t, h, w) -> uint8 array (T, H, W, 3)"""
-        stream = self.module("vae").decode_stream(latents.to(self.device))
+        self.check_tiled(tiled)
+        stream = self.family.decode(self, latents.to(self.device), tiled=tiled)
         parts = [part[0].cpu() for part in tqdm(stream, "decode", latents.shape[2], disable=not progress)]
-        return to_frames(torch.cat(parts, dim=1))
+        return to_frames(torch.cat(parts, dim=1), rounds=self.family.rounds_levels)
 
 
 def find_class(class_name: str) -> type[nn.Module]:
@@ -294,10 +326,9 @@ def part_dtype(class_name: str, run: torch.dtype) -> torch.dtype:
 
 def save_latents(path: str | Path, latents: Tensor, settings: Settings) -> None:
     """Write latents with the settings that made them; the file appears whole or not at all."""
+    data = save({"latents": latents.cpu().contiguous()}, {"settings": json.dumps(asdict(settings))})
     with whole_file(Path(path)) as partial:
-        save_file(
-            {"latents": latents.cpu().contiguous()}, partial, {"settings": json.dumps(asdict(settings))}
-        )
+        partial.write_bytes(data)
 
 
 def load_latents(path: str | Path) -> tuple[Tensor, Settings]:

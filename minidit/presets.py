@@ -4,7 +4,7 @@ A config holds numbers and nothing else; models import theirs from here. Values 
 (Wan-Video/Wan2.1 wan/configs), not a re-packaging of them, where the two differ.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -99,6 +99,52 @@ class KLConfig:
 
 
 @dataclass(frozen=True)
+class OpenSoraConfig:
+    """The Open-Sora 1.2 transformer, STDiT3 (models/open_sora.py)."""
+
+    width: int  # D
+    mlp_width: int
+    heads: int  # N; the head width K is width / heads
+    depth: int  # blocks, each a spatial and a temporal half
+    channels: int = 4  # C, latent channels
+    out_channels: int = 8  # of the prediction: velocity, then channels that nothing uses
+    text_width: int = 4096
+    text_len: int = 300  # M at most: prompts are cut to it
+    freq_width: int = 256  # width of the timestep and fps sinusoids
+    patch: int = 2  # latent cells per token along each side
+    base_size: int = 512  # pixels per side that positions are measured against
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width // self.heads % 2 or self.width % 4:
+            raise ValueError(f"width={self.width} does not split into {self.heads} heads of even width")
+
+
+@dataclass(frozen=True)
+class OpenSoraVAEConfig:
+    """The Open-Sora 1.2 video autoencoder (vae/open_sora.py): one over time upon one of images."""
+
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # of the image autoencoder, as in KLConfig
+    res_blocks: int = 2
+    groups: int = 32
+    scale: float = 0.18215  # image latents are multiplied by it
+    latent: int = 4  # C, of both
+    time_base: int = 128  # channels of the first level over time
+    time_multipliers: tuple[int, ...] = (1, 2, 2, 4)
+    time_blocks: int = 4  # per level
+    time_groups: int = 32
+    temporal_down: tuple[bool, ...] = (False, True, True)  # whether time is halved after a level
+    chunk: int = 17  # frames that are coded together; chunks know nothing of each other
+    mean: tuple[float, ...] = (-0.1, 0.34, 0.27, 0.98)  # the transformer sees (z - mean) / std
+    std: tuple[float, ...] = (3.85, 2.32, 2.33, 3.06)
+    eps: float = 1e-6  # of the image autoencoder's norms
+
+    def __post_init__(self):
+        if not len(self.mean) == len(self.std) == self.latent:
+            raise ValueError(f"latent={self.latent}, but {len(self.mean)} means and {len(self.std)} stds")
+
+
+@dataclass(frozen=True)
 class CogVideoXConfig:
     """The CogVideoX transformer (models/cogvideox.py)."""
 
@@ -126,7 +172,7 @@ class CogVideoXConfig:
 class CogVideoXVAEConfig:
     """The CogVideoX video autoencoder (vae/cogvideox.py)."""
 
-    scale: float  # latents are multiplied by it: what the transformer sees
+    scale: float = 0.7  # latents are multiplied by it (2B: 1.15258426)
     widths: tuple[int, ...] = (128, 256, 256, 512)  # channels per level; every level but the last halves H, W
     res_blocks: int = 3  # per level, one more in the decoder
     latent: int = 16  # C
@@ -216,13 +262,14 @@ class CLIPTextConfig:
 class ScheduleConfig:
     """Which noise levels a run visits and how it steps between them (schedules.py)."""
 
-    solver: str = "unipc"  # unipc | dpm++ | euler, or over a table of noise levels: ddim
+    solver: str = "unipc"  # unipc | dpm++ | euler, or over a table of noise levels: ddim | dpm
     sigma_grid: str = "wan"  # wan | diffusers: the two releases of unipc visit slightly different sigmas
     shift: float = 5.0  # sigma -> shift * sigma / (1 + (shift - 1) * sigma)
     # over a table, sigma_grid says which of its levels are visited: leading | leading-1 | linspace | trailing
-    betas: str = ""  # the table: linear
-    prediction: str = ""  # what the model predicts: epsilon
+    betas: str = ""  # the table: linear | zero-snr, where shift divides the signal-to-noise ratio
+    prediction: str = ""  # what the model predicts: epsilon | v
     ends_clean: bool = True  # the last step goes to no noise at all, else to the table's first level
+    dynamic_guidance: bool = False  # guidance changes from step to step, between 1 and 1 + guidance_scale
 
 
 @dataclass(frozen=True)
@@ -315,9 +362,31 @@ HUNYUAN_NEGATIVE_PROMPT = (
     "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, "
     "bad teeth, bad eyes, bad limbs, distortion"
 )
+T5_XXL = T5Config(
+    vocab=32128, width=4096, mlp_width=10240, heads=64, head_width=64, depth=24, shared_positions=True
+)
 LLAMA3_8B = LlamaConfig(vocab=128320, width=4096, mlp_width=14336, heads=32, kv_heads=8, depth=30)  # of 32
 CLIP_L = CLIPTextConfig(vocab=49408, width=768, mlp_width=3072, heads=12, depth=12)
 
+
+def cogvideox_preset(
+    transformer: CogVideoXConfig, schedule: ScheduleConfig, defaults: Defaults, *, scale: float = 0.7
+) -> Preset:
+    components = {
+        "text_encoder": ("T5Encoder", T5_XXL),
+        "transformer": ("CogVideoX", transformer),
+        "vae": ("CogVideoXVAE", CogVideoXVAEConfig(scale=scale)),
+    }
+    return Preset("cogvideox", components, schedule, defaults)
+
+
+# Solvers and guidance as the release's command line advises them (zai-org/CogVideo inference/cli_demo.py).
+COGVIDEOX_DDIM = ScheduleConfig("ddim", "trailing", 3.0, betas="zero-snr", prediction="v")
+COGVIDEOX_DPM = ScheduleConfig(
+    "dpm", "trailing", 1.0, betas="zero-snr", prediction="v", dynamic_guidance=True
+)
+COGVIDEOX_2B = CogVideoXConfig(width=1920, mlp_width=7680, heads=30, depth=30, positions="sincos")
+COGVIDEOX_5B = CogVideoXConfig(width=3072, mlp_width=12288, heads=48, depth=42, positions="rope-cropped")
 
 PRESETS = {
     "wan2.1-t2v-1.3b": Preset(
@@ -345,6 +414,36 @@ PRESETS = {
         },
         schedule=ScheduleConfig(solver="euler", sigma_grid="wan", shift=7.0),
         defaults=Defaults(1280, 720, 129, 50, 6.0, 24, HUNYUAN_NEGATIVE_PROMPT, true_cfg=1.0),
+    ),
+    "cogvideox-2b": cogvideox_preset(
+        COGVIDEOX_2B, COGVIDEOX_DDIM, Defaults(720, 480, 49, 50, 6.0, 8), scale=1.15258426
+    ),
+    "cogvideox-5b": cogvideox_preset(COGVIDEOX_5B, COGVIDEOX_DPM, Defaults(720, 480, 49, 50, 6.0, 8)),
+    "cogvideox1.5-5b": cogvideox_preset(
+        replace(COGVIDEOX_5B, positions="rope", patch=(2, 2, 2)),
+        COGVIDEOX_DPM,
+        Defaults(1360, 768, 81, 50, 6.0, 16),
+    ),
+    "open-sora-1.2": Preset(
+        family="open_sora",
+        components={
+            "text_encoder": ("T5Encoder", T5_XXL),
+            "transformer": ("OpenSora", OpenSoraConfig(width=1152, mlp_width=4608, heads=16, depth=28)),
+            "vae": ("OpenSoraVAE", OpenSoraVAEConfig()),
+        },
+        schedule=ScheduleConfig("euler", "wan", 1.0),  # times what the size of the video asks for
+        defaults=Defaults(426, 240, 51, 30, 7.0, 24),
+    ),
+    "latte-1": Preset(
+        family="latte",
+        components={
+            "text_encoder": ("T5Encoder", T5_XXL),
+            "transformer": ("Latte", LatteConfig(width=1152, mlp_width=4608, heads=16, depth=28)),
+            "vae": ("KLVAE", KLConfig()),
+            "vae_2": ("KLVAE", KLConfig(is_temporal=True)),
+        },
+        schedule=ScheduleConfig("ddim", "leading", 1.0, betas="linear", prediction="epsilon"),
+        defaults=Defaults(512, 512, 16, 50, 7.5, 8),
     ),
 }
 

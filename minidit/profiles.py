@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from minidit.video import whole_file
@@ -28,10 +28,11 @@ class Profile:
 
 
 def profile_name(profile: Profile) -> str:
-    """A file name that says what fits: mixcache-64x64x17-30-unipc-fp32."""
+    """A file name that says what fits: mixcache-64x64x17-30-unipc-wan-shift3-guidance4-fp32."""
     m = profile.match
     size = f"{m['width']}x{m['height']}x{m['num_frames']}"
-    return f"{profile.policy}-{size}-{m['steps']}-{m['solver']}-{m['dtype']}"
+    schedule = f"{m['steps']}-{m['solver']}-{m['sigma_grid']}-shift{m['flow_shift']:g}"
+    return f"{profile.policy}-{size}-{schedule}-guidance{m['guidance_scale']:g}-{m['dtype']}"
 
 
 def write_profile(folder: Path, profile: Profile) -> Path:
@@ -44,7 +45,7 @@ def write_profile(folder: Path, profile: Profile) -> Path:
     if profile.tensors:
         named = {f"{block}.{name}": t.contiguous() for (block, name), t in profile.tensors.items()}
         with whole_file(tensors) as partial:
-            save_file(named, partial)
+            partial.write_bytes(save(named))
     with whole_file(path) as partial:
         partial.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
     return path
@@ -61,10 +62,13 @@ def read_profile(path: Path) -> Profile:
         raise ValueError(f"{path} cannot be read as a profile ({error}); make it again") from None
     tensors = path.with_suffix(".safetensors")
     if tensors.is_file():
-        with safe_open(tensors, "pt") as file:
-            for name in file.keys():
-                block, _, rest = name.partition(".")
-                profile.tensors[int(block), rest] = file.get_tensor(name)
+        try:
+            with safe_open(tensors, "pt") as file:
+                for name in file.keys():
+                    block, _, rest = name.partition(".")
+                    profile.tensors[int(block), rest] = file.get_tensor(name)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{tensors} cannot be read ({error}); make the profile again") from None
     return profile
 
 
@@ -75,22 +79,24 @@ def find_profile(folders: list[Path], policy: str, match: dict[str, Any]) -> Pro
     """
     paths = [path for folder in folders for path in sorted(folder.glob(f"{policy}-*.json"))]
     profiles = [profile for path in paths if (profile := read_profile(path)).policy == policy]
-    odd = lambda p: [k for k in match if p.match.get(k) != match[k]]
+    odd = lambda p: [k for k in match | p.match if p.match.get(k) != match.get(k)]
     for profile in profiles:
         if not odd(profile):
             return profile
     if not profiles:
         return None
     near = min(profiles, key=lambda p: len(odd(p)))
-    what = ", ".join(f"{k} {near.match.get(k)} instead of {match[k]}" for k in odd(near))
+    what = ", ".join(f"{k} {near.match.get(k)} instead of {match.get(k)}" for k in odd(near))
     raise ValueError(
         f"no {policy} profile fits this run: the nearest has {what}; {how_to_make(policy, match)}"
     )
 
 
 def how_to_make(policy: str, match: dict[str, Any]) -> str:
-    """The command that makes the missing profile."""
+    """The command that makes the missing profile, the model aside."""
+    flags = {name: value for name, value in match.items() if name not in ("model_id", "width", "height")}
+    words = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in flags.items()]
     return (
-        f"make one with python -m minidit profile --cache {policy} --size {match['width']}x{match['height']} "
-        f"--num-frames {match['num_frames']} --steps {match['steps']}"
+        f"make one of this model with python -m minidit profile --cache {policy} "
+        f"--size {match['width']}x{match['height']} {' '.join(words)}"
     )

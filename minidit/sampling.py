@@ -1,5 +1,6 @@
 """The step loop: noise becomes latents, one plan and one guided prediction per step."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,8 +72,17 @@ class Forward:
 
 
 def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """The starting noise: always drawn on the CPU in fp32, so that a seed means the same on every device."""
-    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+    """The starting noise of a video."""
+    return noise_source(seed)(shape)
+
+
+def noise_source(seed: int) -> Callable[[Sequence[int]], Tensor]:
+    """Draws one tensor of noise after the other, from a shape each.
+
+    Always on the CPU in fp32, so that a seed means the same on every device.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return lambda shape: torch.randn(*shape, generator=generator, dtype=torch.float32)
 
 
 def predict(
@@ -149,15 +159,19 @@ def denoise(
     constants: Mapping[tuple[int, str], Tensor] | None = None,
     progress: bool = False,
     on_step: Callable[[Record, Tensor], None] | None = None,
+    draw: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> Outcome:
     """Integrate from noise to latents. noise (1, C, T, H, W) fp32
 
-    constants: a profile's tensors · on_step(record, x) is called after every step. Raises ValueError where a
-    prediction is not finite.
+    constants: a profile's tensors · on_step(record, x) is called after every step · draw(shape): fresh noise,
+    where the schedule takes some at every step. Raises ValueError where a prediction is not finite.
     """
     steps = schedule.steps(guidance_scale)
+    if schedule.needs_noise and draw is None:
+        raise ValueError(f"{schedule.solver} adds fresh noise at every step; pass draw=noise_source(seed)")
     blocks, model = forward.model.blocks, forward.model
-    needs = policy.reset(RunInfo(steps, len(blocks), model.subs, forward.branches, family))
+    info = RunInfo(steps, len(blocks), model.subs, forward.branches, family, map_bytes(forward))
+    needs = policy.reset(info)
     store = make_store(needs, forward.branches, site_shapes(forward, noise), noise.device, constants)
     x, state, outcome = noise, schedule.start(), Outcome(noise, cache_bytes=store.bytes)
     with tqdm(total=len(steps), desc="denoise", unit="step", disable=not progress, smoothing=0.1) as bar:
@@ -166,7 +180,8 @@ def denoise(
             plan, found = policy.plan(step), Measurements()
             check(plan, len(blocks))
             guided, plan = guided_prediction(forward, x, step, plan, store, found, policy)
-            x, state = schedule.step(step.i, x, guided, state)
+            fresh = [draw(x.shape).to(x.device) for _ in range(schedule.needs_noise)]
+            x, state = schedule.step(step.i, x, guided, state, fresh)
             values, broken = found.read()
             if broken:
                 raise ValueError(
@@ -178,8 +193,16 @@ def denoise(
             bar.update()
             if on_step:
                 on_step(outcome.records[-1], x)
-    outcome.latents = x
+    outcome.latents, outcome.cache_bytes = x, store.bytes  # folded projections come on the way
     return outcome
+
+
+def map_bytes(forward: Forward) -> tuple[tuple[str, int], ...]:
+    """Bytes of what decides one branch's attention map, in models with attention along axes."""
+    model = forward.model
+    names = [name for name in ("attn", "t_attn") if "t_attn" in model.subs]
+    size = lambda name: math.prod(model.map_shape(forward.context, name)) * model.dtype.itemsize
+    return tuple((name, size(name)) for name in names)
 
 
 def site_shapes(
@@ -191,6 +214,8 @@ def site_shapes(
         if site in SHARED or site == PREDICTION:
             return tuple(latents.shape), torch.float32
         shape, residual = forward.shapes[branch]
+        if site.kind == "map":
+            return forward.model.map_shape(forward.context, site.name), forward.model.dtype
         return shape, forward.model.dtype if site.kind == "sub" else residual
 
     return shape_of

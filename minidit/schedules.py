@@ -306,10 +306,13 @@ class TableSchedule:
     alphas_next: tuple[float, ...]  # where its step leads
     prediction: str
     needs_noise: int = 0
+    dynamic_guidance: bool = False
 
     def steps(self, guidance: float | Sequence[float]) -> tuple[Step, ...]:
         """The run as a table; guidance is one number or one per step. sigma is sqrt(1 - alpha)."""
         n = len(self.timesteps)
+        if self.dynamic_guidance and isinstance(guidance, int | float):
+            guidance = dynamic_guidance(self.timesteps, guidance)
         table = (guidance,) * n if isinstance(guidance, int | float) else tuple(guidance)
         if len(table) != n:
             raise ValueError(f"guidance has {len(table)} values for {n} steps; give one number or {n}")
@@ -327,6 +330,10 @@ class TableSchedule:
         check_table_step(self, i, x, prediction, noise)
         alpha = self.alphas[i]
         x0 = X0[self.prediction](x, prediction, alpha)
+        if self.solver == "dpm":
+            before = self.alphas[i - 1] if i else None
+            x_next = sde_dpm_step(x, x0, state.x0, noise[0], alpha, self.alphas_next[i], before)
+            return x_next, State(x0=x0)
         return ddim_step(x, x0, alpha, self.alphas_next[i]), state
 
 
@@ -335,13 +342,60 @@ def x0_from_epsilon(x: Tensor, epsilon: Tensor, alpha: float) -> Tensor:
     return torch.add(x, epsilon, alpha=-math.sqrt(1 - alpha)) / math.sqrt(alpha)
 
 
-X0 = {"epsilon": x0_from_epsilon}
+def x0_from_v(x: Tensor, v: Tensor, alpha: float) -> Tensor:
+    """x0 = sqrt(alpha) * x - sqrt(1 - alpha) * v (Salimans & Ho, 2022); defined at alpha 0 too."""
+    return torch.add(math.sqrt(alpha) * x, v, alpha=-math.sqrt(1 - alpha))
+
+
+X0 = {"epsilon": x0_from_epsilon, "v": x0_from_v}
 
 
 def ddim_step(x: Tensor, x0: Tensor, alpha: float, alpha_next: float) -> Tensor:
     """One step of DDIM, from level alpha to level alpha_next."""
     keep = math.sqrt((1 - alpha_next) / (1 - alpha))
     return torch.add(keep * x, x0, alpha=math.sqrt(alpha_next) - keep * math.sqrt(alpha))
+
+
+def sde_dpm_step(
+    x: Tensor,
+    x0: Tensor,
+    x0_prev: Tensor | None,
+    noise: Tensor,
+    alpha: float,
+    alpha_next: float,
+    alpha_before: float | None,
+) -> Tensor:
+    """One step of SDE-DPM-Solver++(2M) (Lu et al., 2022), from level alpha to alpha_next, with fresh noise.
+
+    With h = lam_next - lam, lam = log(alpha / (1 - alpha)) / 2, and decay = exp(-h), which stays finite where
+    lam does not: x_next = keep * decay * x + (1 - decay^2) * sqrt(alpha_next) * guess
+    + sqrt((1 - alpha_next) * (1 - decay^2)) * noise. The guess extrapolates from x0_prev, found at
+    alpha_before; on the first step, and on one that ends at alpha 1, it is x0 itself. Follows diffusers 0.42
+    CogVideoXDPMScheduler.
+    """
+    decay_squared = alpha * (1 - alpha_next) / ((1 - alpha) * alpha_next)
+    guess = x0
+    if alpha_before is not None and alpha_next < 1:
+        c = extrapolation(*(half_log_snr(a) for a in (alpha_before, alpha, alpha_next)))
+        guess = torch.lerp(x0_prev, x0, 1 + c)
+    keep = math.sqrt((1 - alpha_next) / (1 - alpha) * decay_squared)
+    x_next = torch.add(keep * x, guess, alpha=(1 - decay_squared) * math.sqrt(alpha_next))
+    return x_next.add_(noise, alpha=math.sqrt((1 - alpha_next) * (1 - decay_squared)))
+
+
+def half_log_snr(alpha: float) -> float:
+    """lam = log(alpha / (1 - alpha)) / 2, -inf at alpha 0."""
+    return math.log(alpha / (1 - alpha)) / 2 if alpha else -math.inf
+
+
+def dynamic_guidance(timesteps: Sequence[int], scale: float) -> tuple[float, ...]:
+    """CogVideoX's guidance by step: s = 1 + scale * (1 - cos(pi * ((n - t) / n)^5)) / 2.
+
+    t is the timestep, not the step's number, for which the formula looks made: s jumps about. That is what
+    the releases were shown with, so it stays (zai-org/CogVideo sat/sgm and diffusers' pipeline alike).
+    """
+    n = len(timesteps)
+    return tuple(1 + scale * (1 - math.cos(math.pi * ((n - t) / n) ** 5)) / 2 for t in timesteps)
 
 
 def linear_alphas(shift: float) -> Tensor:
@@ -352,7 +406,21 @@ def linear_alphas(shift: float) -> Tensor:
     return (1 - betas).cumprod(0).double()
 
 
-ALPHAS = {"linear": linear_alphas}  # (shift) -> alpha of the levels 0 .. 999
+def zero_snr_alphas(shift: float) -> Tensor:
+    """Square roots of betas from 0.00085 to 0.012 in even strides, shifted, then stretched to end at alpha 0.
+
+    alpha -> alpha / (shift + (1 - shift) * alpha) divides the signal's share by the shift. The stretch keeps
+    the first sqrt(alpha) (Lin et al., 2024). -> (1000,) fp64
+    """
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift={shift} is not a finite number above 0; give 1 for no shift")
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
+    alphas = (1 - betas).cumprod(0)
+    roots = (alphas / (shift + (1 - shift) * alphas)).sqrt()
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+
+
+ALPHAS = {"linear": linear_alphas, "zero-snr": zero_snr_alphas}  # (shift) -> alpha of the levels 0 .. 999
 
 
 def leading_steps(n: int) -> list[int]:
@@ -384,6 +452,7 @@ def make_table_schedule(config: ScheduleConfig, steps: int) -> TableSchedule:
     A step goes down by 1000 // steps levels, as upstream schedulers count, wherever the next one begins.
     """
     for what, value, known in (
+        ("solver", config.solver, ("ddim", "dpm")),
         ("betas", config.betas, ALPHAS),
         ("prediction", config.prediction, X0),
         ("sigma_grid", config.sigma_grid, SPACINGS),
@@ -402,6 +471,8 @@ def make_table_schedule(config: ScheduleConfig, steps: int) -> TableSchedule:
         alphas=tuple(alphas[t] for t in timesteps),
         alphas_next=tuple(alphas[t] if t >= 0 else last for t in after),
         prediction=config.prediction,
+        needs_noise=int(config.solver == "dpm"),
+        dynamic_guidance=config.dynamic_guidance,
     )
 
 
@@ -421,3 +492,64 @@ def check_table_step(
         raise ValueError(
             f"step {i}: {count} noise tensors given; pass needs_noise={schedule.needs_noise} of them"
         )
+
+
+# Open-Sora: a shift that follows the size of the video, and frames that are given
+
+
+def size_shift(height: int, width: int, num_frames: int, dtype: torch.dtype = torch.float64) -> float:
+    """Open-Sora's shift: larger and longer videos need more noise. Follows v1.2.0 timestep_transform.
+
+    sqrt(height * width) / 512 * sqrt(n), n = 1 for an image, else 5 per whole 17 frames. dtype: in which it
+    is computed; the original's own runs do it in bf16, where 854 pixels are 856.
+    """
+    if 1 < num_frames < 17:
+        raise ValueError(
+            f"num_frames={num_frames} has no noise schedule; give 1 for an image, or 17 and more"
+        )
+    pixels, frames = torch.tensor([height, width], dtype=dtype).prod(), torch.tensor(num_frames, dtype=dtype)
+    latents = torch.ones_like(frames) if num_frames == 1 else frames // 17 * 5
+    return ((pixels / 512**2).sqrt() * latents.sqrt()).item()
+
+
+@dataclass(frozen=True)
+class MaskedSchedule:
+    """A schedule for latents some of whose frames are given, as Open-Sora's mask strategy has it.
+
+    A frame is noisy, and is denoised, from t = 1000 * mask on; until then it stays what it is. A frame that
+    becomes noisy at the next step is given noise of its level. A mask of 1 is noise from the start.
+    """
+
+    base: Schedule
+    mask: Tensor  # (T,) in [0, 1]
+
+    @property
+    def solver(self) -> str:
+        return self.base.solver
+
+    @property
+    def needs_noise(self) -> int:
+        """Fresh noise is wanted where a frame starts in the middle."""
+        return int(((self.mask > 0) & (self.mask < 1)).any())
+
+    def steps(self, guidance: float | Sequence[float]) -> tuple[Step, ...]:
+        return self.base.steps(guidance)
+
+    def start(self) -> State:
+        return self.base.start()
+
+    def is_noisy(self, i: int) -> Tensor:
+        """The frames that step i denoises: (T, 1, 1), to go with (B, C, T, H, W)"""
+        return (self.mask * TRAIN_STEPS >= self.base.timesteps[i])[:, None, None]
+
+    def step(
+        self, i: int, x: Tensor, prediction: Tensor, state: State, noise: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, State]:
+        """Step i of the base schedule for the noisy frames. Pure, as Schedule.step is."""
+        x_next, state = self.base.step(i, x, prediction, state)
+        x_next = torch.where(self.is_noisy(i), x_next, x)
+        if i + 1 < len(self.base.timesteps) and self.needs_noise:
+            sigma = self.base.sigmas[i + 1]
+            begins = self.is_noisy(i + 1) & ~self.is_noisy(i)
+            x_next = torch.where(begins, torch.lerp(x_next, noise[0], sigma), x_next)
+        return x_next, state

@@ -40,6 +40,8 @@ class Settings:
     model: str
     model_id: str  # of the weights, whatever the folder is called
     true_cfg: float = 0.0  # guidance on top of guidance_scale where that is embedded; 0: it is not embedded
+    dynamic_cfg: bool = False  # CogVideoX: guidance changes from step to step, up to 1 + guidance_scale
+    tiled: bool = False  # CogVideoX: the autoencoder decodes tile by tile, which takes less memory
     minidit: str = __version__
 
     @property
@@ -67,6 +69,8 @@ class Choices:
     attention: str = "auto"
     residual: str | None = None
     true_cfg: float | None = None
+    dynamic_cfg: bool | None = None
+    tiled: bool = False
 
 
 def profile_match(settings: Settings) -> dict[str, Any]:
@@ -76,6 +80,7 @@ def profile_match(settings: Settings) -> dict[str, Any]:
         "guidance_scale", "dtype",
     )  # fmt: skip
     beside = {"true_cfg": settings.true_cfg} if settings.true_cfg else {}
+    beside |= {"dynamic_cfg": True} if settings.dynamic_cfg else {}
     return {name: getattr(settings, name) for name in names} | beside
 
 
@@ -91,8 +96,8 @@ def set_threads(settings: Settings) -> None:
 
 def check_settings(settings: Settings) -> None:
     """Refuse values that no model takes."""
-    if not 0 <= settings.seed < 2**63:
-        raise ValueError(f"seed={settings.seed} is not between 0 and 2^63 - 1")
+    if not isinstance(settings.seed, int) or not 0 <= settings.seed < 2**63:
+        raise ValueError(f"seed={settings.seed} is not a whole number between 0 and 2^63 - 1")
     if not math.isfinite(settings.guidance_scale):
         raise ValueError(f"guidance_scale={settings.guidance_scale} is not a number; 1 turns guidance off")
     if not 0 <= settings.true_cfg < math.inf:

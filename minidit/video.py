@@ -29,10 +29,10 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GIF_COMMENT = 0xFE  # label of the comment extension
 
 
-def to_frames(video: Tensor) -> np.ndarray:
+def to_frames(video: Tensor, *, rounds: bool = False) -> np.ndarray:
     """Turn a decoded video into frames. video (3, T, H, W) in [-1, 1] -> (T, H, W, 3) uint8.
 
-    Values outside are clamped and levels truncated, not rounded, as in the original Wan release.
+    Values outside are clamped and levels truncated, as in the original Wan release, or rounded.
     """
     if video.ndim != 4 or video.shape[0] != 3:
         raise ValueError(
@@ -42,13 +42,15 @@ def to_frames(video: Tensor) -> np.ndarray:
         raise ValueError(
             "to_frames: video holds NaN, wanted numbers in [-1, 1]; try another dtype for the VAE"
         )
-    levels = (video.float().clamp(-1, 1) + 1) / 2 * 255
+    levels = (video.float().clamp(-1, 1) + 1) / 2 * 255 + 0.5 * rounds
     return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()  # (T, H, W, 3)
 
 
-def check_output(path: str | Path) -> None:
-    """Raise before the work what write_video would raise after it: unknown suffix, folder, permission."""
+def check_output(path: str | Path, fps: float | None = None) -> None:
+    """Raise before the work what write_video would raise after it: suffix, folder, permission, fps."""
     path = Path(path)
+    if path.suffix.lower() == ".gif" and fps is not None and fps > GIF_MAX_FPS:
+        raise ValueError(f"a gif plays at most {GIF_MAX_FPS} frames per second, got {fps:g}; write an mp4")
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"unknown output format {path.suffix!r} in {path}; choose one of {', '.join(SUFFIXES)}"
@@ -72,7 +74,7 @@ def write_video(path: str | Path, frames: np.ndarray, *, fps: float, settings: d
     Existing files are replaced. A file appears whole or not at all, also when the run is interrupted.
     """
     path = Path(path)
-    check_output(path)
+    check_output(path, fps)
     frames, rate, text = _check_frames(frames), _rate(fps), _to_text(settings)
     with whole_file(path) as partial, whole_file(sidecar_path(path)) as partial_sidecar:
         partial_sidecar.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -192,7 +194,9 @@ def _write_mp4(path: Path, frames: np.ndarray, rate: Fraction, text: str) -> Non
     # faststart: the index comes first, so that a browser plays before it has everything
     with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = text
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "10", "preset": "medium"})
+        # mbtree=0: with it, the same small frames give another file from run to run
+        options = {"crf": "10", "preset": "medium", "x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         codec = stream.codec_context
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
@@ -207,10 +211,6 @@ def _write_gif(path: Path, frames: np.ndarray, rate: Fraction, text: str) -> Non
     """One palette of 256 colours for the whole video, error diffusion, endless loop."""
     import av
 
-    if rate > GIF_MAX_FPS:
-        raise ValueError(
-            f"a gif plays at most {GIF_MAX_FPS} frames per second, got {float(rate):g}; write an mp4"
-        )
     height, width = frames.shape[1:3]
     graph = _palette_graph(width, height, rate)
     with av.open(path, "w", format="gif", options={"loop": "0"}) as container:

@@ -22,9 +22,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minidit.presets import (
+    CLIPTextConfig,
+    CogVideoXConfig,
+    CogVideoXVAEConfig,
     Defaults,
+    HunyuanVAEConfig,
+    HunyuanVideoConfig,
     KLConfig,
     LatteConfig,
+    LlamaConfig,
+    OpenSoraConfig,
+    OpenSoraVAEConfig,
     ScheduleConfig,
     T5Config,
     WanConfig,
@@ -41,8 +49,18 @@ CONFIGS = {
     "WanVAE": WanVAEConfig,
     "T5Encoder": T5Config,
     "SentencePiece": None,
+    "HunyuanVideo": HunyuanVideoConfig,
+    "LlamaEncoder": LlamaConfig,
+    "CLIPText": CLIPTextConfig,
+    "HunyuanVAE": HunyuanVAEConfig,
+    "LlamaTokenizer": None,
+    "CLIPTokenizer": None,
     "Latte": LatteConfig,
     "KLVAE": KLConfig,
+    "OpenSora": OpenSoraConfig,
+    "OpenSoraVAE": OpenSoraVAEConfig,
+    "CogVideoX": CogVideoXConfig,
+    "CogVideoXVAE": CogVideoXVAEConfig,
 }
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONVERT = "python -m weights_convert SOURCE OUT"
@@ -199,18 +217,24 @@ def load_into(
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     _check_fit(wanted, paths, part.config)
     state = {}
-    for path in paths:
-        with safe_open(path, "pt") as f:
-            for name in f.keys():
-                target = torch.float32 if is_fp32(name, keep_fp32) else dtype
-                # copy: without it a CPU tensor stays a view of the file and dies with it
-                state[name] = f.get_tensor(name).to(device, target, copy=True)
+    for path, name in _names_in(paths):
+        target = torch.float32 if is_fp32(name, keep_fp32) else dtype
+        with safe_open(path, "pt") as f:  # once per tensor: an open file keeps all pages that were read
+            state[name] = f.get_tensor(name).to(device, target, copy=True)  # a view would die with the file
     module.load_state_dict(state, assign=True)
     lost = [name for name, t in module.named_buffers() if t.is_meta]
     if lost:
         kind = type(module).__name__
         raise TypeError(f"{kind} has buffers that no file fills ({', '.join(lost)}); compute them in use")
     return module.eval().requires_grad_(False)
+
+
+def _names_in(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Every tensor of some files, by file and name."""
+    for path in paths:
+        with safe_open(path, "pt") as f:
+            names = list(f.keys())
+        yield from ((path, name) for name in names)
 
 
 def is_fp32(name: str, keep_fp32: Collection[str]) -> bool:

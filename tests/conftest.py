@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the tensors are tiny: threads would mostly wait for each other
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from tests.recordings import wan
+from tests.recordings import cogvideox, hunyuan_video, latte, open_sora, wan
 from tests.recordings.base import Recording, open_recording
 
 DEFAULT_BOUND = 1e-4
-RUNNERS = wan.RUNNERS
+RUNNERS = wan.RUNNERS | cogvideox.RUNNERS | latte.RUNNERS | open_sora.RUNNERS | hunyuan_video.RUNNERS
 
 
 @dataclass

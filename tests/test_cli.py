@@ -47,6 +47,12 @@ def frames_of(path: str) -> np.ndarray:
     return read_video(path)[0]
 
 
+def assert_same_video(one: str, other: str) -> None:
+    """Equal frames; of mp4 files nearly, as x264 does not always make the same file of the same frames."""
+    difference = np.abs(frames_of(one).astype(int) - frames_of(other))
+    assert difference.mean() < 1 if one.endswith(".mp4") else difference.max() == 0
+
+
 def refused(capsys, *args: str) -> str:
     """Run a command that is to fail with exit code 2 and one line on stderr; returns the line."""
     assert main(list(args)) == 2
@@ -137,7 +143,7 @@ def test_a_file_of_prompts_makes_a_video_each(capsys):
     out = capsys.readouterr().out
     assert f"[1/2] {files[0]}" in out and f"[2/2] {files[1]}" in out
     assert generate("a blue square grows", "--seed", "1005", "--output", "alone.mp4") == 0
-    assert np.array_equal(frames_of("alone.mp4"), frames_of(files[1]))  # its neighbours do not matter
+    assert_same_video("alone.mp4", files[1])  # its neighbours do not matter
 
 
 def test_flags_may_be_written_in_diffusers_words():
@@ -164,23 +170,13 @@ def test_flags_may_be_written_in_diffusers_words():
 
 @pytest.mark.parametrize("source", ["first.mp4", "first.npz", "first.npz.json"])
 def test_from_makes_the_same_video_again(source):
-    flags = [
-        "--seed",
-        "3",
-        "--negative-prompt",
-        "blur",
-        "--solver",
-        "euler",
-        "--flow-shift",
-        "2.5",
-        "--fps",
-        "5",
-    ]
-    first = source.removesuffix(".json")
-    assert generate(PROMPT, "--output", first, *flags) == 0
-    assert main(["generate", "--from", source, "--output", f"again{Path(first).suffix}", "--quiet"]) == 0
-    again = f"again{Path(first).suffix}"
-    assert np.array_equal(frames_of(again), frames_of(first))
+    flags = (
+        "--seed 3 --negative-prompt blur --solver euler --flow-shift 2.5 --fps 5 --dtype bf16 --residual fp32"
+    )
+    first, again = source.removesuffix(".json"), f"again{Path(source.removesuffix('.json')).suffix}"
+    assert generate(PROMPT, "--output", first, *flags.split()) == 0
+    assert main(["generate", "--from", source, "--output", again, "--quiet"]) == 0
+    assert_same_video(again, first)
     assert read_settings(again) == read_settings(first)
 
 
@@ -221,7 +217,7 @@ def test_from_refuses_a_file_without_settings(capsys):
 
 @pytest.fixture
 def out_of_memory(monkeypatch):
-    def decode(self, latents, *, progress=False):
+    def decode(self, latents, *, tiled=False, progress=False):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB\nmore lines")
 
     with monkeypatch.context() as patch:
@@ -241,7 +237,7 @@ def test_latents_survive_a_failing_decode_and_decode_finishes(capsys, out_of_mem
     out_of_memory.undo()
     assert main(["decode", "v.latents.safetensors", "--output", "v.npz", "--quiet"]) == 0
     assert generate(PROMPT, "--output", "undisturbed.npz") == 0
-    assert np.array_equal(frames_of("v.npz"), frames_of("undisturbed.npz"))
+    assert_same_video("v.npz", "undisturbed.npz")
     assert read_settings("v.npz") == read_settings("undisturbed.npz")
     assert main(["decode", "v.latents.safetensors", "--quiet"]) == 0
     assert Path("v.mp4").is_file() and capsys.readouterr().out.splitlines()[-1] == "v.mp4"
@@ -262,7 +258,7 @@ def test_an_older_video_survives_a_failing_decode(out_of_memory):
 
 
 def test_interrupting_says_so_in_one_line_and_keeps_the_latents(capsys, monkeypatch):
-    def interrupt(self, latents, *, progress=False):
+    def interrupt(self, latents, *, tiled=False, progress=False):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Engine, "decode", interrupt)
@@ -291,10 +287,10 @@ def test_ctrl_c_while_denoising_leaves_nothing():
 
 @pytest.mark.parametrize("text", ["[enforce fail at alloc_cpu.cpp:121] can't allocate memory: you tried", ""])
 def test_running_out_of_memory_says_what_to_try(capsys, monkeypatch, text):
-    def encode(self, settings):
+    def encode_all(self, runs):
         raise RuntimeError(text) if text else MemoryError
 
-    monkeypatch.setattr(Engine, "encode", encode)
+    monkeypatch.setattr(Engine, "encode_all", encode_all)
     line = refused(capsys, "generate", PROMPT, *SMALL)
     assert "memory" in line and "try a smaller --size" in line
     assert names() == []
@@ -317,6 +313,8 @@ def test_running_out_of_memory_says_what_to_try(capsys, monkeypatch, text):
         (["--device", "tpu9"], "device 'tpu9' cannot be used"),
         (["--attention", "cudnn"], "RuntimeError: "),  # a forced choice does not fall back
         (["--prompts", "prompts.txt"], "give a prompt or --prompts FILE, not both"),
+        (["--trace", "missing/t.json"], "cannot write missing/t.json: folder missing does not exist"),
+        (["--timeline", "missing/t.png"], "cannot write missing/t.png: folder missing does not exist"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, args, message):
@@ -330,6 +328,11 @@ def test_prompts_must_be_there(capsys):
     Path("empty.txt").write_text("\n \n")
     assert "empty.txt holds no prompts" in refused(capsys, "generate", "--prompts", "empty.txt")
     assert "No such file" in refused(capsys, "generate", "--prompts", "missing.txt")
+    Path("latin.txt").write_bytes(b"a caf\xe9")
+    assert "latin.txt is not text in UTF-8" in refused(capsys, "generate", "--prompts", "latin.txt")
+    Path("two.txt").write_text("a\nb\n")
+    line = refused(capsys, "generate", "--prompts", "two.txt", "--trace", "t.json")
+    assert "--trace writes the log of one video" in line
 
 
 def test_debug_shows_the_traceback():

@@ -36,7 +36,11 @@ LAYERS = {
     "minidit.(weights|schedules)": ("minidit.presets", *TENSORS),
     "minidit.(video|metrics)": (*TENSORS, "numpy", "av"),
     "minidit.models.*": (*PARTS, *PLAN, "minidit.cache.loop", *TENSORS),
+    "minidit.text.(captions|hunyuan_video)": (
+        *PARTS, *TENSORS, "minidit.text.(prompts|tokenizers)", "ftfy", "tokenizers"
+    ),  # a family's prompts upon what all families share
     "minidit.text.*": (*PARTS, *TENSORS, "sentencepiece", "ftfy", "tokenizers"),
+    "minidit.vae.open_sora": (*PARTS, "minidit.vae.kl", *TENSORS),  # a video autoencoder upon that of images
     "minidit.vae.*": (*PARTS, *TENSORS),
     "minidit.report": (*ANYTHING, "matplotlib"),
     r"minidit.(\w+|cache.(profile|calibrate))": ANYTHING,

@@ -126,7 +126,7 @@ def test_text_encoder_equals_transformers(demo):
     )
     oracle = fill(transformers.UMT5EncoderModel(config), demo, "text_encoder", "transformers")
     tokenizer = SentencePiece(demo.folder / demo.manifest.components["tokenizer"].files[0].name)
-    rows = [tokenizer.encode(text, 200) for text in (PROMPT, "", " and ".join([PROMPT] * 9))]
+    rows = [tokenizer.encode(text, 200) for text in (PROMPT, "", " and ".join([PROMPT] * 14))]
     longest = max(len(row) for row in rows)
     assert longest > 64  # far enough for the logarithmic buckets
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])

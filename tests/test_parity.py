@@ -1,6 +1,7 @@
 """The comparison itself: right recordings pass, wrong ones fail, and the message points at the place."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import SHIPPED
 from tests.parity import RUNNERS, compare, difference, main, open_recording
+from tests.trim_goldens import trim
 
 
 def copy_recording(source: Path, out: Path) -> Path:
@@ -34,7 +37,12 @@ def record_mids(folder: Path) -> None:
     change(folder / "io.safetensors", lambda io: io.update((n, x.contiguous()) for n, x in mids.items()))
 
 
-@pytest.mark.parametrize("component", RUNNERS)
+def recorded() -> list[str]:
+    """The supported components: in a fuller set all of them must be there, else those that ship are run."""
+    return [name for name in RUNNERS if "MINIDIT_GOLDENS" in os.environ or (SHIPPED / name).is_dir()]
+
+
+@pytest.mark.parametrize("component", recorded())
 def test_every_supported_component_equals_its_recording(goldens, component):
     verdict = compare(open_recording(goldens(component)))
     assert verdict.ok, str(verdict)
@@ -129,3 +137,27 @@ def test_exit_codes(goldens, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path)])
     assert "is not a recording" in capsys.readouterr().err
+
+
+def test_trimming_drops_the_mid_states_and_nothing_else(tmp_path):
+    source = tmp_path / "some_dit"
+    source.mkdir()
+    (source / "config.json").write_text('{"component": "some_dit"}')
+    save_file({"w.mid.bias": torch.ones(2)}, source / "weights.safetensors")
+    names = ("in.x", "out.x", "pad.out.x", "mid.h", "sub.mid.h", "dpmpp.mid.h", "midway.x")
+    save_file({name: torch.ones(3) for name in names}, source / "io.safetensors")
+    assert trim(source, tmp_path / "out") == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
+    assert set(load_file(tmp_path / "out" / "io.safetensors")) == {"in.x", "out.x", "pad.out.x", "midway.x"}
+    for name in ("config.json", "weights.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    with pytest.raises(ValueError, match="is not a recording"):
+        trim(tmp_path / "nothing", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()  # refused before anything was removed
+
+
+def test_the_recordings_that_ship_are_small_and_in_use():
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 25e6
+    shipped = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
+    assert shipped >= {"wan_t2v_dit", "wan_vae", "umt5_encoder", "wan_schedulers", "wan_denoise", "wan_rope"}
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name in shipped if name not in RUNNERS and f'goldens("{name}")' not in tests] == []

@@ -110,17 +110,32 @@ def open_pickle(path: Path) -> dict[str, Upstream]:
     """The tensors of a .pth, .pt or .bin file."""
     state = _load(path)
     is_mapped = zipfile.is_zipfile(path)
-    found = {}
+    found, mapped = {}, MappedPickle(path)
     for name, value in state.items():
         # a file older than torch 1.6 cannot be mapped: it is in memory as a whole, and read once
-        read = partial(_load_one, path, name) if is_mapped else partial(state.__getitem__, name)
+        read = partial(mapped.read if is_mapped else state.__getitem__, name)
         is_float = isinstance(value, Tensor) and value.dtype in DTYPES.values()
         found[name] = Upstream(tuple(getattr(value, "shape", ())), value.dtype if is_float else None, read)
     return found
 
 
-def _load_one(path: Path, name: str) -> Tensor:
-    return _load(path)[name]  # loaded for each tensor, for the reason given in _read
+class MappedPickle:
+    """A pickle that is opened again before it takes much memory, for the reason given in _read.
+
+    Not for each tensor, as it is unpickled as a whole every time.
+    """
+
+    limit = 2**22  # bytes read
+
+    def __init__(self, path: Path):
+        self.path, self.state, self.taken = path, {}, 0
+
+    def read(self, name: str) -> Tensor:
+        if not self.state or self.taken > self.limit:
+            self.state, self.taken = {}, 0  # closed before it is opened again
+            self.state = _load(self.path)
+        self.taken += self.state[name].nbytes
+        return self.state[name]
 
 
 def _load(path: Path) -> dict:
@@ -143,8 +158,10 @@ def _load(path: Path) -> dict:
     ) as e:
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"{path} is damaged or no torch file ({first}); download it again") from None
-    if isinstance(state, dict) and len(state) == 1 and isinstance(inner := next(iter(state.values())), dict):
-        state = inner  # {"state_dict": {...}} and the like
+    if isinstance(state, dict):
+        whole = next(iter(state)) if len(state) == 1 else ""  # beside "module" there are a trainer's counters
+        inner = next((state[k] for k in ("module", "state_dict", whole) if k in state), None)
+        state = inner if isinstance(inner, dict) else state  # {"state_dict": {...}} and the like
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path} holds a {type(state).__name__}, wanted tensors by name")
     return state

@@ -1,7 +1,7 @@
 """CogVideoX text-to-video: name tables, configs and refusals for both of its layouts.
 
-Original names: zai-org/CogVideo sat/ (SwissArmyTransformer). The others: diffusers' CogVideoXTransformer3DModel
-and AutoencoderKLCogVideoX.
+Original names: zai-org/CogVideo sat/ (SwissArmyTransformer, SAT). The others: diffusers'
+CogVideoXTransformer3DModel and AutoencoderKLCogVideoX.
 """
 
 import math
@@ -18,7 +18,7 @@ ROPE_WIDTH = 3072  # the others
 
 # The transformer
 
-DIFFUSERS_SIGNS = "patch_embed.text_proj.weight", "transformer_blocks.0.norm1.linear.weight", "norm_final.weight"
+DIFFUSERS_SIGNS = "patch_embed.text_proj.weight", "transformer_blocks.0.norm1.linear.weight"
 DIFFUSERS = {
     "patch_embed.proj.weight": "patch_in.weight (flat)",
     "patch_embed.proj.bias": "patch_in.bias",
@@ -76,7 +76,7 @@ SAT_DROP = {
         for name in ("pos_embedding", "freqs_cos", "freqs_sin")
     },
     **{
-        f"{SAT_PREFIX}transformer.{name}.weight": "of the language models that SwissArmyTransformer was made for"
+        f"{SAT_PREFIX}transformer.{name}.weight": "of the language models that SAT was made for"
         for name in ("word_embeddings", "position_embeddings")
     },
 }
@@ -224,10 +224,9 @@ def vae_shapes(shapes: Shapes, conv: str) -> dict:
 
 def refusal(shapes: Shapes) -> str:
     """Why a checkpoint of the wider CogVideoX family cannot be run, or ''."""
-    for signs, patch, out in (
-        (DIFFUSERS_SIGNS, "patch_embed.proj.weight", "proj_out.weight"),
-        (SAT_SIGNS, f"{SAT_PREFIX}mixins.patch_embed.proj.weight", f"{SAT_PREFIX}mixins.final_layer.linear.weight"),
-    ):
+    sat = f"{SAT_PREFIX}mixins.patch_embed.proj.weight", f"{SAT_PREFIX}mixins.final_layer.linear.weight"
+    diffusers = "patch_embed.proj.weight", "proj_out.weight"
+    for signs, (patch, out) in ((DIFFUSERS_SIGNS, diffusers), (SAT_SIGNS, sat)):
         if not {*signs, patch, out} <= set(shapes):
             continue
         if math.prod(shapes[patch][1:]) == 2 * shapes[out][0]:  # it is fed the image beside the noise

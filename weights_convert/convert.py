@@ -3,9 +3,10 @@
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,11 +33,13 @@ from weights_convert.checkpoint import (
     read_json,
 )
 from weights_convert.layouts import KNOWN, make_config, match, recognise
-from weights_convert.names import Fit, Layout, Piece, Shapes
+from weights_convert.names import Fit, Layout, Piece, Shapes, why_dropped
+from weights_convert.tokenizers import Tokenizers, find_tokenizers
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PLAIN_DEFAULTS = Defaults(width=832, height=480, num_frames=81, steps=50, guidance_scale=5.0, fps=16)
 NEEDED = ("transformer", "text_encoder", "vae", "tokenizer")
+NEEDED_TOO = {"hunyuan_video": ("text_encoder_2", "tokenizer_2")}
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,18 @@ def convert(
         raise OSError(f"{source} lies in {out}, which is about to be written; choose another OUT")
     override = read_override(config)
     found = find_components(source, override.get("components", {}))
-    tokenizer = find_tokenizer(source)
-    if not found and tokenizer is None:
-        raise ValueError(f"{source} holds nothing that is recognised; minidit converts {KNOWN}")
-    manifest = describe(source, found, tokenizer, override)
-    contents = {name: entries(part, DTYPES[dtype]) for name, part in found.items()}
-    sizes = {name: sum(entry.bytes for entry in what) for name, what in contents.items()}
-    check_space(out, sum(sizes.values()))
-    if tokenizer:
-        contents["tokenizer"] = tokenizer
-    manifest = write_model_folder(out, manifest, contents, overwrite=overwrite, progress=partial(show, sizes))
+    with TemporaryDirectory() as scratch:
+        tokenizers = find_tokenizers(source, Path(scratch))
+        if not found and not tokenizers:
+            raise ValueError(f"{source} holds nothing that is recognised; minidit converts {KNOWN}")
+        manifest = describe(source, found, tokenizers, override)
+        contents = {name: entries(part, DTYPES[dtype]) for name, part in found.items()}
+        sizes = {name: sum(entry.bytes for entry in what) for name, what in contents.items()}
+        check_space(out, sum(sizes.values()))
+        contents |= {name: path for name, (_, path) in tokenizers.items()}
+        manifest = write_model_folder(
+            out, manifest, contents, overwrite=overwrite, progress=partial(show, sizes)
+        )
     print(summary(out, manifest))
     return manifest
 
@@ -91,6 +96,8 @@ def find_components(source: Path, override: dict) -> dict[str, Found]:
             raise ValueError(f"{files[0]}: {e}") from None
         if layout is None:
             print(f"skipped {files[0]}: not recognised", file=sys.stderr)
+        elif is_second_copy(files[0], found.get(layout.component)):
+            print(f"skipped {files[0]}: beside the same in safetensors", file=sys.stderr)
         elif layout.component in found:
             other = found[layout.component].checkpoint.files[0]
             raise ValueError(f"{other} and {files[0]} are both a {layout.component}; move one of them away")
@@ -102,9 +109,18 @@ def find_components(source: Path, override: dict) -> dict[str, Found]:
     return found
 
 
+def is_second_copy(path: Path, other: Found | None) -> bool:
+    """Whether a pickle lies in one folder with safetensors of the same component, as the hub has it."""
+    if other is None or path.suffix not in PICKLES:
+        return False
+    first = other.checkpoint.files[0]
+    return first.suffix == ".safetensors" and first.parent == path.parent
+
+
 def fill(layout: Layout, checkpoint: Checkpoint, override: dict) -> Found:
     """Settle the config and match every tensor; ValueError with what is left over on either side."""
-    if odd := [name for name, tensor in checkpoint.tensors.items() if tensor.dtype is None]:
+    odd = [name for name, tensor in checkpoint.tensors.items() if tensor.dtype is None]
+    if odd := [name for name in odd if why_dropped(name, layout.drop) is None]:
         what = listing("entries are not float tensors", odd)
         raise ValueError(f"{checkpoint.files[0]}: {what}; get an unquantised release")
     try:
@@ -116,14 +132,6 @@ def fill(layout: Layout, checkpoint: Checkpoint, override: dict) -> Found:
         what = f"a {layout.family} {layout.component} ({layout.origin} names)"
         raise ValueError(f"{checkpoint.files[0]} is not quite {what}: {'; '.join(fit.problems)}")
     return Found(layout, checkpoint, config, targets, fit)
-
-
-def find_tokenizer(source: Path) -> Path | None:
-    """The sentencepiece model of SOURCE."""
-    paths = find_files(source, ("spiece.model",))
-    if len(paths) > 1 and len({path.read_bytes() for path in paths}) > 1:
-        raise ValueError(f"{paths[0]} and {paths[1]} are different tokenizers; move one of them away")
-    return paths[0] if paths else None
 
 
 # What model.json says
@@ -144,22 +152,21 @@ def read_override(path: Path | None) -> dict:
     return override
 
 
-def describe(source: Path, found: dict[str, Found], tokenizer: Path | None, override: dict) -> Manifest:
+def describe(source: Path, found: dict[str, Found], tokenizers: Tokenizers, override: dict) -> Manifest:
     """The manifest, its files still to come. A known release brings its own schedule and defaults."""
-    parts = {name: Component(part.layout.class_name, part.config, ()) for name, part in found.items()}
-    if tokenizer:
-        parts["tokenizer"] = Component("SentencePiece", None, ())
     config = found["transformer"].config if "transformer" in found else None
     preset = next((name for name, p in PRESETS.items() if p.transformer == config), None)
+    parts = {
+        name: Component(part.layout.class_name, told_by_release(name, part, preset, override), ())
+        for name, part in found.items()
+    }
+    parts |= {name: Component(kind, None, ()) for name, (kind, _) in tokenizers.items()}
     scheduler = find_scheduler(source)
-    if preset:
-        schedule, defaults = PRESETS[preset].schedule, PRESETS[preset].defaults
-    else:
-        schedule = read_schedule(scheduler, "schedule" in override)
-        defaults = PLAIN_DEFAULTS
+    family = next((found[name].layout.family for name in ("transformer", *found) if name in found), "wan")
+    schedule, defaults = release_settings(preset, family, scheduler, "schedule" in override)
     origins = dict.fromkeys(found[name].layout.origin for name in COMPONENTS if name in found)
     return Manifest(
-        family=next((part.layout.family for part in found.values()), "wan"),
+        family=family,
         preset=preset,
         components={name: parts[name] for name in COMPONENTS if name in parts},
         schedule=merged(schedule, override, "schedule"),
@@ -167,6 +174,35 @@ def describe(source: Path, found: dict[str, Found], tokenizer: Path | None, over
         source=f"{source.resolve().name} ({', '.join(origins) or 'tokenizer'}{note(scheduler)})",
         dropped={name: why for part in found.values() for name, why in part.fit.dropped.items()},
     )
+
+
+def told_by_release(name: str, part: Found, preset: str | None, override: dict) -> Config:
+    """A component's config, with what its own files cannot say taken from the release that it is part of."""
+    given = override.get("components", {}).get(name, {}).get("config", {})
+    missing = [field for field in part.layout.unsaid if field not in given]
+    if missing and preset is None:
+        example = f'{{"components": {{"{name}": {{"config": {{"{missing[0]}": ...}}}}}}}}'
+        raise ValueError(
+            f"{part.checkpoint.files[0]} does not say {', '.join(missing)}, and SOURCE is no known release; "
+            f"give it in a file with --config: {example}"
+        )
+    return replace(part.config, **{n: getattr(PRESETS[preset].components[name][1], n) for n in missing})
+
+
+def release_settings(
+    preset: str | None, family: str, scheduler: dict, is_given: bool
+) -> tuple[ScheduleConfig, Defaults]:
+    """A known release's own settings; a relative's are those of its family, under its own scheduler.
+
+    Latte's scheduler file counts in the release too: the original reads it.
+    """
+    known = PRESETS.get(preset) or next((p for p in PRESETS.values() if p.family == family != "wan"), None)
+    if known and (not scheduler or (preset and scheduler.get("_class_name") != "DDIMScheduler")):
+        return known.schedule, known.defaults
+    schedule = read_schedule(scheduler, is_given)
+    if family == "hunyuan_video":  # its pipeline tells the scheduler which sigmas to visit
+        schedule = replace(schedule, sigma_grid="wan")
+    return schedule, known.defaults if known else PLAIN_DEFAULTS
 
 
 def merged(values: Any, override: dict, key: str) -> Any:
@@ -187,9 +223,26 @@ def read_schedule(scheduler: dict, is_given: bool) -> ScheduleConfig:
         return ScheduleConfig("unipc", "diffusers", float(scheduler.get("flow_shift", 1.0)))
     if kind == "FlowMatchEulerDiscreteScheduler":
         return ScheduleConfig("euler", "diffusers", float(scheduler.get("shift", 1.0)))
+    if kind in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
+        solver, shift = "dpm" if "DPM" in kind else "ddim", float(scheduler.get("snr_shift_scale", 3.0))
+        return ScheduleConfig(
+            solver, "trailing", shift, betas="zero-snr", prediction="v", dynamic_guidance=solver == "dpm"
+        )
+    if kind == "DDIMScheduler":
+        return read_ddim(scheduler)
     if scheduler and not is_given:
         raise ValueError(f"scheduler {kind} is not known; give the schedule in a file with --config")
     return ScheduleConfig()
+
+
+def read_ddim(scheduler: dict) -> ScheduleConfig:
+    """Latte's scheduler; its betas are in the release's code, over whatever the file says."""
+    spacing, offset = scheduler.get("timestep_spacing", "leading"), scheduler.get("steps_offset", 0)
+    if spacing not in ("leading", "linspace", "trailing") or offset not in (0, 1):
+        raise ValueError(f"DDIMScheduler with {spacing} timesteps and offset {offset} is not known")
+    grid = "leading-1" if spacing == "leading" and offset else spacing  # upstream ignores it elsewhere
+    ends_clean = scheduler.get("set_alpha_to_one", True)
+    return ScheduleConfig("ddim", grid, 1.0, "linear", "epsilon", ends_clean)
 
 
 def note(scheduler: dict) -> str:
@@ -249,7 +302,8 @@ def show(sizes: dict[str, int], component: str, done: int) -> None:
 def summary(out: Path, manifest: Manifest) -> str:
     """What was written, and what to do with it."""
     size = gigabytes(sum(file.bytes for part in manifest.components.values() for file in part.files))
-    missing = [name for name in NEEDED if name not in manifest.components]
+    needed = NEEDED + NEEDED_TOO.get(manifest.family, ())
+    missing = [name for name in needed if name not in manifest.components]
     if missing:
         then = f"SOURCE has no {', '.join(missing)}, which a video needs: convert the whole release"
     else:

@@ -8,12 +8,19 @@ from pathlib import Path
 import torch
 
 from minidit.weights import CONFIGS, Config, config_from_json
-from weights_convert import latte, t5, wan
+from weights_convert import cogvideox, hunyuan_video, latte, open_sora, t5, wan
 from weights_convert.names import Fit, Layout, Shapes, fit
 
-LAYOUTS = (*wan.LAYOUTS, *t5.LAYOUTS, *latte.LAYOUTS)
-REFUSALS = (wan.refusal,)
-KNOWN = "Wan 2.1 text-to-video, Latte, their autoencoders, UMT5 and T5 encoders"
+LAYOUTS = (
+    *wan.LAYOUTS,
+    *t5.LAYOUTS,
+    *latte.LAYOUTS,
+    *open_sora.LAYOUTS,
+    *cogvideox.LAYOUTS,
+    *hunyuan_video.LAYOUTS,
+)
+REFUSALS = (wan.refusal, cogvideox.refusal, hunyuan_video.refusal)
+KNOWN = "Wan 2.1 text-to-video, Latte, Open-Sora, CogVideoX, HunyuanVideo, their VAEs and text encoders"
 
 
 def recognise(shapes: Shapes) -> Layout | None:

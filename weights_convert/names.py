@@ -8,6 +8,9 @@ order. A note in brackets says what happens on the way:
     "blocks.{}.norm1.linear.{}": "blocks.{}.mod.{} (1+3 of 4)"    its two halves are the first and the third
     "blocks.{}.modulation": "blocks.{}.mod (squeeze)"             (1, 6, D) -> (6, D): dimensions of size 1 go
     "patch_embedding.weight": "patch_in.weight (flat)"            (D, C, ...) -> (D, C * ...): a patch a row
+    "linear1.{}": ("attn.qkv.{} (rows 0:9)", "mlp.up.{} (rows 9:21)")  cut into several
+    "proj_out.weight": "mlp.down.weight (columns 3:15)"           a part of every row
+    "layers.30.{}.{}.weight": "drop: not needed"                  what is dropped depends on the config
 """
 
 import math
@@ -23,6 +26,7 @@ from minidit.weights import listing
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
+Table = dict[str, str | tuple[str, ...]]  # a tuple where an upstream tensor is cut into several
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Layout:
     config: Callable[
         [Shapes, dict], dict
     ]  # (shapes, config.json or {}) -> fields of our config, as far as known
-    table: Callable[[Any, Shapes], dict[str, str]]  # (config, shapes) -> lines
+    table: Callable[[Any, Shapes], "Table"]  # (config, shapes) -> lines
     is_config: str = ""  # a key of this layout's config.json; "": it has none
     drop: dict[str, str] = field(default_factory=dict)  # upstream name, or its start and a * -> reason
     unsaid: tuple[str, ...] = ()  # fields of the config that no file of the component tells, but the release
@@ -49,13 +53,17 @@ class Piece:
     """An upstream tensor on its way to (a part of) one of ours."""
 
     upstream: str
-    shape: Shape  # after the reshape
+    shape: Shape  # after the cut and the reshape
     part: int  # from 0
     parts: int
     share: tuple[int, int] = (0, 1)  # which of how many equal shares of the upstream tensor, on dimension 0
+    cut: tuple[int, int, int] | None = None  # dimension, start and end of what is taken at all; None: all
 
     def take(self, tensor: Tensor) -> Tensor:
         """The piece out of its upstream tensor."""
+        if self.cut is not None:
+            dim, start, end = self.cut
+            tensor = tensor.narrow(dim, start, end - start)
         which, count = self.share
         return tensor.chunk(count)[which].reshape(self.shape)
 
@@ -70,10 +78,12 @@ class Fit:
 
 
 PART, RESHAPE = r"(?P<part>\d(?:\+\d)*) of (?P<parts>\d)", r"(?P<reshape>flat|squeeze)"
-LINE = re.compile(rf"(?P<name>\S+)(?: \((?:{PART}|{RESHAPE})\))?")
+CUT = r"(?P<side>rows|columns) (?P<start>\d+):(?P<end>\d+)"
+LINE = re.compile(rf"(?P<name>\S+)(?: \((?:{PART}|{RESHAPE}|{CUT})\))?")
+DROP = "drop: "
 
 
-def fit(shapes: Shapes, targets: Shapes, table: dict[str, str], drop: dict[str, str]) -> Fit:
+def fit(shapes: Shapes, targets: Shapes, table: Table, drop: dict[str, str]) -> Fit:
     """Send each upstream tensor to its target by the table, and compare all names and shapes.
 
     shapes: upstream name -> shape · targets: our name -> shape
@@ -81,16 +91,18 @@ def fit(shapes: Shapes, targets: Shapes, table: dict[str, str], drop: dict[str, 
     patterns = [(re.compile(re.escape(k).replace(r"\{\}", r"([^.]+)")), v) for k, v in table.items()]
     pieces, dropped, unmatched = {}, {}, []
     for upstream, shape in shapes.items():
-        line = next((m.expand(_template(v)) for p, v in patterns if (m := p.fullmatch(upstream))), None)
-        reason = next((why for name, why in drop.items() if fnmatchcase(upstream, name)), None)
-        if line is None and reason is not None:
+        lines = next((_lines(v, m) for p, v in patterns if (m := p.fullmatch(upstream))), ())
+        reason = why_dropped(upstream, drop)
+        if lines and lines[0].startswith(DROP):
+            lines, reason = (), lines[0].removeprefix(DROP)
+        matches = [LINE.fullmatch(line) for line in lines]
+        if not lines and reason is not None:
             dropped[upstream] = reason
-        elif line is None or LINE.fullmatch(line)["name"] not in targets:
+        elif not lines or any(line["name"] not in targets for line in matches):
             unmatched.append(upstream)
         else:
-            pieces.setdefault(LINE.fullmatch(line)["name"], []).extend(
-                _pieces(upstream, shape, LINE.fullmatch(line))
-            )
+            for line in matches:
+                pieces.setdefault(line["name"], []).extend(_pieces(upstream, shape, line))
     for parts in pieces.values():
         parts.sort(key=lambda piece: piece.part)
     problems = [
@@ -101,6 +113,17 @@ def fit(shapes: Shapes, targets: Shapes, table: dict[str, str], drop: dict[str, 
         ),
     ]
     return Fit(pieces, dropped, [p for p in problems if p])
+
+
+def _lines(value: str | tuple[str, ...], match: re.Match) -> tuple[str, ...]:
+    """Where a matched upstream name goes."""
+    values = (value,) if isinstance(value, str) else value
+    return tuple(match.expand(_template(one)) for one in values)
+
+
+def why_dropped(upstream: str, drop: dict[str, str]) -> str | None:
+    """The reason to leave a tensor out, None if there is none."""
+    return next((why for name, why in drop.items() if fnmatchcase(upstream, name)), None)
 
 
 def _template(line: str) -> str:
@@ -114,10 +137,14 @@ def _pieces(upstream: str, shape: Shape, line: re.Match) -> list[Piece]:
         shape = (shape[0], math.prod(shape[1:]))
     elif line["reshape"] == "squeeze":
         shape = tuple(n for n in shape if n != 1)
+    cut = None
+    if line["side"]:
+        cut = dim, start, end = int(line["side"] == "columns"), int(line["start"]), int(line["end"])
+        shape = (*shape[:dim], end - start, *shape[dim + 1 :])
     numbers, parts = [int(n) - 1 for n in (line["part"] or "1").split("+")], int(line["parts"] or 1)
     if len(numbers) > 1:
         shape = (shape[0] // len(numbers), *shape[1:])
-    return [Piece(upstream, shape, n, parts, (i, len(numbers))) for i, n in enumerate(numbers)]
+    return [Piece(upstream, shape, n, parts, (i, len(numbers)), cut) for i, n in enumerate(numbers)]
 
 
 def _misfit(name: str, pieces: list[Piece], target: Shape) -> str:
@@ -130,6 +157,7 @@ def _misfit(name: str, pieces: list[Piece], target: Shape) -> str:
     return odd[0] if odd else ""
 
 
-def under(upstream: str, ours: str, lines: dict[str, str]) -> dict[str, str]:
+def under(upstream: str, ours: str, lines: Table) -> Table:
     """The lines of a repeated part, below two prefixes."""
-    return {f"{upstream}.{k}": f"{ours}.{v}" for k, v in lines.items()}
+    place = lambda v: f"{ours}.{v}" if isinstance(v, str) else tuple(f"{ours}.{one}" for one in v)
+    return {f"{upstream}.{k}": place(v) for k, v in lines.items()}

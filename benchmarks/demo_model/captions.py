@@ -1,4 +1,4 @@
-"""The embedded model's tokenizer: sentencepiece, unigram, 512 pieces, from drawn captions and plain English.
+"""The embedded model's tokenizer: sentencepiece, unigram, 516 pieces, from drawn captions and plain English.
 
 On captions alone it would stop at a hundred pieces and cut the names of colours; the sentences below, written
 for this, fill the vocabulary with letters and word parts, so that unknown words are spelled, not lost.
@@ -14,7 +14,9 @@ from torch import Tensor
 from benchmarks.demo_model.data import combinations, sample_clips
 from minidit.text.tokenizers import SentencePiece
 
-VOCAB, TEXT_LEN = 512, 32
+VOCAB, TEXT_LEN = 516, 32
+# One piece each: so small a text encoder does not learn in time which of two equal bags of words it reads.
+PHRASES = ("left to right", "right to left", "bottom to top", "top to bottom")
 
 PLAIN_ENGLISH = """
 A small boat crossed the quiet lake early in the morning while the fishermen were still asleep.
@@ -99,6 +101,7 @@ def train_tokenizer(path: Path, *, seed: int = 0, captions: int = 4000) -> None:
         vocab_size=VOCAB,
         character_coverage=1.0,
         normalization_rule_name="nmt_nfkc_cf",  # folds case
+        user_defined_symbols=["\u2581" + phrase.replace(" ", "\u2581") for phrase in PHRASES],
         pad_id=0,
         eos_id=1,
         unk_id=2,

@@ -21,10 +21,12 @@ from torch import Tensor
 from benchmarks.demo_model.check import prompt_for
 from benchmarks.demo_model.data import held_out
 from minidit.cache.loop import BlockCache
-from minidit.generate import Choices, Engine, schedule_config
+from minidit.generate import Engine
 from minidit.models.wan import Context, Wan
+from minidit.presets import ScheduleConfig
 from minidit.sampling import draw_noise
 from minidit.schedules import make_schedule
+from minidit.settings import Choices
 
 STEPS = (30, 50)
 SHOWN = {30: (1, 2, 4, 6, 10, 15, 20, 25, 27, 28, 29), 50: (1, 2, 4, 6, 10, 20, 30, 40, 46, 48, 49)}
@@ -64,10 +66,10 @@ def redundancy(engine: Engine, prompt: str, steps: int) -> dict[str, list[float]
     """Row name -> distances of steps 1 .. steps - 1 to the step before; cfg counts from step 0."""
     settings = engine.resolve(prompt, Choices(steps=steps))
     model, text = engine.module("transformer"), engine.encode(settings)
-    size = engine.latent_size(settings.width, settings.height, settings.num_frames)
-    context = model.prepare(text, size, branches=("cond", "uncond"))
-    schedule = make_schedule(schedule_config(settings), steps)
-    x, state = draw_noise((1, model.config.channels, *size), settings.seed), schedule.start()
+    shape = engine.latent_shape(settings)  # (C, T, H, W)
+    context = model.prepare(text, shape[1:], branches=("cond", "uncond"))
+    schedule = make_schedule(ScheduleConfig(settings.solver, settings.sigma_grid, settings.flow_shift), steps)
+    x, state = draw_noise((1, *shape), settings.seed), schedule.start()
     rows, old = {}, {}
     for step in schedule.steps(settings.guidance_scale):
         values = step_values(model, x, step.t, context, step.guidance)

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidit.attention import Sliced
+from minidit.attention import FOLDABLE, AxisAttention, Sliced
 from minidit.cache.policies.unicp import BASES, THRESHOLDS, WINDOWS, search_windows, threshold_value
 
 RATIOS = (0.1, 0.2, 0.3, 0.4)  # shares of the directions that slices remove
 SHARE = 1 / 16  # of the tokens that errors and covariances are taken of
 LEAST_TOKENS = 256  # or all, where there are fewer
 RIDGE = 1e-4  # added to a covariance's eigenvalues, in units of their mean
+ATTENTIONS = ("attn", "cross", "t_attn", "t_cross")  # sub-modules whose outputs windows may serve
+MAP_PLACES = 64  # frames or places, and queries in each, that a map's drift is taken of
 POOLS = {"mean": lambda values: sum(values) / len(values), "max": max}  # over prompts
 
 Found = dict[tuple, Tensor]  # (prompt, branch, ...) -> numbers
@@ -47,6 +49,7 @@ class ErrorProbe(SubmoduleProbe):
         self.kinds, self.max_window, self.share = kinds, max_window, share
         self.past: dict[tuple, deque[Tensor]] = {}  # newest first
         self.tokens = 0  # of one video
+        self.foldable: dict[str, None] = {}  # sub-modules whose slices go into their projections, in order
         self.found: Found = {}
 
     def begin_step(self, prompt: int, step: int) -> None:
@@ -55,13 +58,20 @@ class ErrorProbe(SubmoduleProbe):
         super().begin_step(prompt, step)
 
     def __call__(self, branches, block, name, module, inputs, out) -> None:
-        if name not in self.kinds:
-            return
-        self.tokens = out.shape[1]
-        rows = out[:, pick_tokens(out.shape[1], self.share).to(out.device)].float()  # (B, picked, D)
+        if isinstance(module, FOLDABLE):
+            self.foldable[name] = None
+        if name in self.kinds:
+            self.tokens = out.shape[1]
+            rows = out[:, pick_tokens(out.shape[1], self.share).to(out.device)].float()  # (B, picked, D)
+            self.compare(branches, block, name, rows)
+        if f"{name}.map" in self.kinds and isinstance(module, AxisAttention):
+            self.compare(branches, block, f"{name}.map", some_of_map(module, inputs, len(out)))
+
+    def compare(self, branches, block: int, kind: str, rows: Tensor) -> None:
+        """rows: of this step, a batch row for every branch"""
         for row, branch in zip(rows, branches, strict=True):
-            past = self.past.setdefault((branch, block, name), deque(maxlen=self.max_window))
-            where = (self.prompt, branch, name, self.step, block)
+            past = self.past.setdefault((branch, block, kind), deque(maxlen=self.max_window))
+            where = (self.prompt, branch, kind, self.step, block)
             self.found[where] = (
                 torch.stack([relative_l2(row, old) for old in past]) if past else row.new_empty(0)
             )
@@ -78,6 +88,7 @@ class ErrorProbe(SubmoduleProbe):
                 for i in range(steps)
             ]
             for kind in self.kinds
+            if any(kind == where[0] for where in backward)  # not every model has every sub-module
         }
 
 
@@ -88,18 +99,20 @@ class CovarianceProbe(SubmoduleProbe):
     every key and drops out of the softmax, so nothing needs to be subtracted when the bases are used.
     """
 
-    def __init__(self, uncachable: Pairs, share: float = SHARE):
+    def __init__(self, uncachable: Pairs, share: float = SHARE, name: str = "attn"):
         super().__init__()
-        self.uncachable, self.share = uncachable, share
+        self.uncachable, self.share, self.name = uncachable, share, name
         self.sums: dict[int, list[Tensor]] = {}  # block -> of q and k (N, K, K)
+        self.tokens, self.folds = 0, False  # how many attend to each other, and whether slices cost nothing
 
     def __call__(self, branches, block, name, module, inputs, out) -> None:
-        if name != "attn" or (self.step, block) not in self.uncachable:
+        if name != self.name or (self.step, block) not in self.uncachable:
             return
         q, k, _ = module.queries_keys_values(*inputs)  # (B, N, L, K)
-        picked = pick_tokens(q.shape[2], self.share).to(q.device)
+        self.tokens, self.folds = q.shape[2], isinstance(module, FOLDABLE)
+        some = lambda x: x[:, :, pick_tokens(x.shape[2], self.share).to(x.device)].double()
         mean = k.mean(2, keepdim=True, dtype=torch.float64)
-        moments = second_moment(q[:, :, picked].double()), second_moment(k[:, :, picked].double() - mean)
+        moments = second_moment(some(q)), second_moment(some(k) - mean)
         sums = self.sums.setdefault(block, [torch.zeros_like(m) for m in moments])
         for total, moment in zip(sums, moments, strict=True):
             total += moment
@@ -108,17 +121,17 @@ class CovarianceProbe(SubmoduleProbe):
 class SliceProbe(SubmoduleProbe):
     """Third pass: what attention loses when it is sliced, at every step and block, for every width."""
 
-    def __init__(self, tensors: Mapping[tuple[int, str], Tensor], widths: Sequence[int]):
+    def __init__(self, tensors: Mapping[tuple[int, str], Tensor], widths: Sequence[int], name: str = "attn"):
         super().__init__()
-        self.tensors, self.widths = tensors, widths
+        self.tensors, self.widths, self.name = tensors, widths, name
         self.found: Found = {}
 
     def __call__(self, branches, block, name, module, inputs, out) -> None:
-        if name != "attn":
+        if name != self.name:
             return
         losses = []
         for width in self.widths:
-            bases = (self.tensors[block, f"attn.{part}.{width}"].to(out) for part in ("q", "k"))
+            bases = (self.tensors[block, f"{name}.{part}.{width}"].to(out) for part in ("q", "k"))
             sliced = module(*inputs, how=Sliced(*bases))
             losses.append([relative_l2(row, full) for row, full in zip(sliced, out, strict=True)])
         for row, branch in enumerate(branches):
@@ -131,9 +144,34 @@ class SliceProbe(SubmoduleProbe):
         return [[found[i, block] for block in range(depth)] for i in range(steps)]
 
 
-def pick_tokens(count: int, share: float) -> Tensor:
+def some_of_map(module: AxisAttention, inputs: tuple[Any, ...], batch: int) -> Tensor:
+    """A part of an attention map along an axis, chosen once for all. -> (B, ...) fp32"""
+    q, k, _ = module.queries_keys_values(*inputs)  # (B * groups, N, L, K)
+    q, k = q.unflatten(0, (batch, -1)), k.unflatten(0, (batch, -1))
+    chosen, places = (pick_tokens(q.shape[n], 0, MAP_PLACES).to(q.device) for n in (1, 3))
+    q, k = q[:, chosen][:, :, :, places].float(), k[:, chosen].float()
+    return (q @ k.mT * module.scale).softmax(-1)
+
+
+class Together(SubmoduleProbe):
+    """Several probes in one pass."""
+
+    def __init__(self, probes: Iterable[SubmoduleProbe]):
+        super().__init__()
+        self.probes = tuple(probes)
+
+    def begin_step(self, prompt: int, step: int) -> None:
+        for probe in self.probes:
+            probe.begin_step(prompt, step)
+
+    def __call__(self, *shown) -> None:
+        for probe in self.probes:
+            probe(*shown)
+
+
+def pick_tokens(count: int, share: float, least: int = LEAST_TOKENS) -> Tensor:
     """A fixed random choice of token indices, the same for all steps, blocks and prompts."""
-    wanted = min(count, max(LEAST_TOKENS, round(count * share)))
+    wanted = min(count, max(least, round(count * share)))
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
 
 
@@ -200,14 +238,20 @@ def slice_widths(head_width: int) -> tuple[int, ...]:
     return tuple(sorted(nearest, reverse=True))
 
 
-def make_bases(sums: Mapping[int, Sequence[Tensor]], basis: str) -> dict[tuple[int, str], Tensor]:
+def alone_or_together(probes: Mapping[str, SubmoduleProbe]) -> SubmoduleProbe:
+    return next(iter(probes.values())) if len(probes) == 1 else Together(probes.values())
+
+
+def make_bases(
+    sums: Mapping[int, Sequence[Tensor]], basis: str, name: str = "attn"
+) -> dict[tuple[int, str], Tensor]:
     """The slices' constants, (block, "attn.q.<width>") and "attn.k.<width>", (N, K, width) fp32 each."""
     tensors = {}
     for block, (c_q, c_k) in sums.items():
         pair = two_sided_basis(c_q, c_k) if basis == "two-sided" else shared_basis(c_q, c_k)
         for width in slice_widths(c_q.shape[-1]):
             for part, t in zip(("q", "k"), pair, strict=True):
-                tensors[block, f"attn.{part}.{width}"] = t[:, :, :width].float().contiguous()
+                tensors[block, f"{name}.{part}.{width}"] = t[:, :, :width].float().contiguous()
     return tensors
 
 
@@ -223,7 +267,7 @@ def uncachable_pairs(errors: Sequence[Sequence[Sequence[float]]], threshold: flo
 def calibrate_unicp(
     run_once: Callable[[SubmoduleProbe], None],
     *,
-    kinds: Sequence[str] = ("attn", "cross"),
+    kinds: Sequence[str] = ATTENTIONS,
     max_window: int = 6,
     threshold: float | str = "E2",
     window: str = "strict",
@@ -241,30 +285,40 @@ def calibrate_unicp(
         raise ValueError(
             f"basis={basis!r}, pool={pool!r}; choose from {', '.join(BASES)}, {', '.join(POOLS)}"
         )
-    drift = ErrorProbe(tuple(dict.fromkeys(("attn", *kinds))), max_window, share)
+    maps = ("attn.map", "t_attn.map")  # where a model has attention along axes
+    drift = ErrorProbe(tuple(dict.fromkeys(("attn", *kinds, *maps))), max_window, share)
     run_once(drift)
     if not drift.found:
         raise ValueError("run_once showed the probe no sub-module; pass it as probe= and begin every step")
     errors = drift.table(pool)
-    covariance = CovarianceProbe(uncachable_pairs(errors["attn"], threshold_value(threshold), window), share)
-    run_once(covariance)
-    tensors = make_bases(covariance.sums, basis)
+    map_errors = {name.removesuffix(".map"): errors.pop(name) for name in maps if name in errors}
+    sliced = dict.fromkeys(("attn", *(name for name in drift.foldable if name in errors)))
+    pairs = {name: uncachable_pairs(errors[name], threshold_value(threshold), window) for name in sliced}
+    moments = {name: CovarianceProbe(pairs[name], share, name) for name in sliced}
+    run_once(alone_or_together(moments))
+    tensors: dict[tuple[int, str], Tensor] = {}
+    for name, probe in moments.items():
+        tensors |= make_bases(probe.sums, basis, name)
+    covariance = moments["attn"]
     head_width = covariance.sums[0][0].shape[-1]
-    losses = SliceProbe(tensors, slice_widths(head_width))
-    run_once(losses)
+    losses = {name: SliceProbe(tensors, slice_widths(head_width), name) for name in sliced}
+    run_once(alone_or_together(losses))
     data = {
         "steps": len(errors["attn"]),
         "depth": len(errors["attn"][0]),
         "prompts": len({where[0] for where in drift.found}),
-        "tokens": drift.tokens,
+        "tokens": covariance.tokens,
+        "folds": covariance.folds,
         "pool": pool,
         "max_window": max_window,
         "errors": errors,  # [kind][i][block][k - 1]
+        "map_errors": map_errors,  # likewise, of attention maps
         "basis": basis,
         "basis_threshold": threshold_value(threshold),
         "head_width": head_width,
-        "widths": list(losses.widths),
-        "slice_losses": losses.table(pool),  # [step][block][width]
+        "widths": list(slice_widths(head_width)),
+        "slice_losses": losses["attn"].table(pool),  # [step][block][width]
+        "more_losses": {name: probe.table(pool) for name, probe in losses.items() if name != "attn"},
     }
     return data, tensors
 

@@ -6,12 +6,27 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from minidit.attention import Sliced
+from minidit.attention import FOLDABLE, FULL, Folded, FoldedText, Frozen, Keeping, Sliced
 from minidit.cache.measure import Measurements, distance
-from minidit.cache.plan import RUN_ALL, Add, Load, Mix, Plan, Run, Site, h, residual, sub
+from minidit.cache.plan import (
+    REUSE,
+    RUN_ALL,
+    Add,
+    Freeze,
+    Load,
+    Mix,
+    Plan,
+    Run,
+    Site,
+    attention_map,
+    check_change,
+    h,
+    residual,
+    sub,
+)
 from minidit.cache.store import Store
 
-Codes = tuple[tuple[str, str], ...]  # (sub-module, "run" or "reuse"); static under torch.compile
+Codes = tuple[tuple[str, str], ...]  # (sub-module, "run", "keep" or "reuse"); static under torch.compile
 Probe = Callable[[tuple[str, ...], int, str, Callable[..., Tensor], tuple[Any, ...], Tensor], None]
 
 
@@ -33,8 +48,8 @@ class Lane:
 class BlockCache:
     """The seam inside a block: every sub-module (attn, cross, mlp) is called through run().
 
-    codes: what to do with which sub-module, all others just run · stored: for "reuse" the output, for "run"
-    the way in which attention is to run, if it is not the full one
+    codes: what to do with which sub-module, all others just run: "run", "keep" its attention map too, "reuse"
+    stored: for "reuse" the output, else the way in which attention is to run, if it is not the full one
     """
 
     def __init__(self, codes: Codes = (), stored: dict[str, Any] | None = None):
@@ -47,7 +62,12 @@ class BlockCache:
             return module(*inputs)
         if self.codes[name] == "reuse":
             return self.stored[name]
-        out = module(*inputs, how=self.stored[name]) if name in self.stored else module(*inputs)
+        if self.codes[name] == "keep":
+            how = Keeping(self.stored.get(name, FULL))
+            out = module(*inputs, how=how)
+            self.outputs[f"{name}.map"] = how.pattern
+        else:
+            out = module(*inputs, how=self.stored[name]) if name in self.stored else module(*inputs)
         self.outputs[name] = out
         return out
 
@@ -82,22 +102,21 @@ class Recorder:
     video_tokens: the first rows of a state, at which alone distances look; None is all
     """
 
-    def __init__(
-        self, plan: Plan, store: Store, measurements: Measurements, video_tokens: int | None = None
-    ):
+    def __init__(self, plan: Plan, store: Store, measurements: Measurements, video_tokens: int | None = None):
         self.store, self.measurements, self.video_tokens = store, measurements, video_tokens
-        self.gate_value = float("inf")  # as long as there is nothing to compare with
         self.follow(plan)
 
     def follow(self, plan: Plan) -> None:
         """Take orders from this plan from now on."""
         self.plan = plan
+        self.gate_value = float("inf")  # as long as there is nothing to compare with
         self.keep = set(plan.keep)
         self.wanted = (
             self.keep | {m.site for m in plan.measure} | ({plan.gate.measure.site} if plan.gate else set())
         )
         self.starts = {site.first for site in self.wanted if site.kind == "residual"}
         self.subs = {(site.first, site.name) for site in self.wanted if site.kind == "sub"}
+        self.maps = {(site.first, site.name) for site in self.wanted if site.kind == "map"}
 
     def see(self, site: Site, branches: Sequence[str], value: Tensor) -> None:
         """A value passes by, one batch row per branch: read new, read old, then write."""
@@ -147,7 +166,9 @@ def run_blocks(
     at = 0
     while True:
         if plan.gate is not None and plan.gate.after == at - 1:
-            plan = decide(plan, recorder.gate_value)
+            changed = decide(plan, recorder.gate_value)
+            check_change(plan, changed, at, len(blocks))
+            plan = changed
             recorder.follow(plan)
         if at == len(plan.path):
             return [walker.h for walker in walkers]
@@ -189,24 +210,37 @@ class Walker:
         codes, stored = self.row(k, subs)
         out, outputs = self.block_fn(self.blocks[k], self.h, self.lane.cond.at(k), codes, stored)
         for name, value in outputs.items():
-            self.recorder.see(sub(k, name), self.lane.branches, value)
+            base, _, is_map = name.partition(".")
+            site = attention_map(k, base) if is_map else sub(k, base)
+            self.recorder.see(site, self.lane.branches, value)
         return out
 
     def row(self, k: int, subs: dict) -> tuple[Codes, dict[str, Any]]:
         """What block k does with its sub-modules, and the tensors that takes."""
         store, codes, stored = self.recorder.store, {}, {}
-        for name in (name for block, name in self.recorder.subs if block == k):
-            codes[name] = "run"
+        for code, wanted in (("run", self.recorder.subs), ("keep", self.recorder.maps)):
+            codes |= {name: code for block, name in wanted if block == k}
         for (block, name), how in subs.items():
             if block == k and isinstance(how, Mix):
                 codes[name] = "reuse"
                 stored[name] = store.mix(sub(k, name), self.lane.branches, how)
-            elif block == k:
+            elif block == k and isinstance(how, Freeze):
                 codes[name] = "run"
-                stored[name] = Sliced(
-                    *(store.constants[k, f"{name}.{part}.{how.width}"] for part in ("q", "k"))
-                )
+                stored[name] = Frozen(store.mix(attention_map(k, name), self.lane.branches, REUSE))
+            elif block == k:
+                codes.setdefault(name, "run")
+                stored[name] = self.sliced(k, name, how.width)
         return tuple(sorted(codes.items())), stored
+
+    def sliced(self, k: int, name: str, width: int) -> Sliced | Folded | FoldedText:
+        """Attention of that width: folded into the projections where that is exact, once per generation."""
+        store, module = self.recorder.store, getattr(self.blocks[k], name)
+        if (k, name, width) in store.folds:
+            return store.folds[k, name, width]
+        bases = (store.constant(k, f"{name}.{part}.{width}") for part in ("q", "k"))
+        if not isinstance(module, FOLDABLE):
+            return Sliced(*bases)
+        return store.folds.setdefault((k, name, width), module.fold(*bases))
 
     def arrive(self, block: int, state: Tensor) -> None:
         """h(block) is known."""

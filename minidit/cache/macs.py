@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from minidit.cache.plan import Mix, Plan, Run, Slice, Sub
+from minidit.cache.plan import Freeze, Mix, Plan, Run, Slice, Sub
 
 Table = dict[Sub, int]  # a model's macs(): (block, sub-module) -> multiply-adds of one branch
 
@@ -23,9 +23,13 @@ def plan_macs(plan: Plan, branches: tuple[str, ...], table_at: Callable[[int | N
     return per_branch * len(plan.branches or branches)
 
 
-def sub_macs(key: Sub, full: int, how: Mix | Slice | None, table_at: Callable[[int | None], Table]) -> int:
+def sub_macs(
+    key: Sub, full: int, how: Mix | Slice | Freeze | None, table_at: Callable[[int | None], Table]
+) -> int:
     if isinstance(how, Mix):
         return 0
+    if isinstance(how, Freeze):
+        return table_at(0)[key]  # queries and keys of no width
     return table_at(how.width)[key] if isinstance(how, Slice) else full
 
 

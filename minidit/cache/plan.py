@@ -41,6 +41,11 @@ def sub(block: int, name: str) -> Site:
     return Site("sub", block, name=name)
 
 
+def attention_map(block: int, name: str) -> Site:
+    """What decides an attention's map: the map itself over time, queries and keys within frames."""
+    return Site("map", block, name=name)
+
+
 PREDICTION = Site("prediction")  # of one branch
 GUIDED = Site("guided")  # after guidance; like the ones below it belongs to no branch
 GUIDED_FULL = Site("guided_full")  # the guided prediction of the last step that a policy called full
@@ -90,6 +95,11 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Freeze:
+    """Attention with the map that was kept last: of its inputs, values alone count."""
+
+
+@dataclass(frozen=True)
 class Measure:
     """The distance of this step's value from the stored one, read before the store is overwritten.
 
@@ -117,7 +127,7 @@ class Plan:
 
     path: tuple[Run | Load | Add, ...] = (Run(),)  # from h(0) to h(depth)
     branches: tuple[str, ...] = ()  # those that run; () is all
-    subs: tuple[tuple[Sub, Mix | Slice], ...] = ()  # sub-modules that do not run in full
+    subs: tuple[tuple[Sub, Mix | Slice | Freeze], ...] = ()  # sub-modules that do not run in full
     keep: tuple[Site, ...] = ()
     measure: tuple[Measure, ...] = ()
     fill: Mix | None = None  # a branch that does not run is cond + this mix of CFG_DELTA
@@ -147,6 +157,7 @@ class RunInfo:
     subs: tuple[str, ...]  # the sub-modules of a block, in order
     branches: tuple[str, ...]
     family: str
+    map_bytes: tuple[tuple[str, int], ...] = ()  # of one branch's attention map, by sub-module, once known
 
 
 Values = dict[Measure, Any]
@@ -196,12 +207,25 @@ def check(plan: Plan, depth: int) -> None:
             start, end = at, item.site.first
         else:
             start, end = item.site.first, item.site.last
-        if start != at or not start <= end <= depth or (isinstance(item, Load) and item.site.kind != "h"):
+        fits = isinstance(item, Run) or item.site.kind == ("h" if isinstance(item, Load) else "residual")
+        if start != at or not start <= end <= depth or not fits:
             raise ValueError(
-                f"the plan's path has {item} at block {at} of {depth}; wanted one that starts there"
+                f"the plan's path has {item} at block {at} of {depth}; wanted a Run or an Add of a residual "
+                f"that starts there, or a Load of a later h"
             )
         at = end
     if at != depth:
         raise ValueError(
             f"the plan's path ends at block {at} of {depth}; end it with a Run to the last block"
+        )
+
+
+def check_change(plan: Plan, changed: Plan, at: int, depth: int) -> None:
+    """Refuse what decide() made of a plan after `at` items of its path where it undoes what has run."""
+    check(changed, depth)
+    same = (changed.path[:at], changed.branches) == (plan.path[:at], plan.branches)
+    if not same or changed.output is not None or recalled(changed) is not None:
+        raise ValueError(
+            f"decide() changed the branches, the output or the first {at} items of the path, which have run; "
+            f"it may change what comes after them, and what is kept and measured"
         )

@@ -27,7 +27,7 @@ from minidit.cache.plan import (
     Values,
     h,
 )
-from minidit.cache.spec import parse
+from minidit.cache.spec import make_policy, parse
 from minidit.cache.trace import closing_line
 from minidit.generate import Engine
 from minidit.metrics import psnr
@@ -178,7 +178,12 @@ def between(points: dict[int, float], known: list[int], t: int) -> float:
 def profile_mixcache(
     engine: Engine, settings: Settings, prompts: Sequence[str], *, every: int = 2, report: Callable = print
 ) -> Profile:
-    """Thresholds, noise statistics and impacts of MixCache's levels, over several prompts."""
+    """Thresholds, noise statistics and impacts of MixCache's levels, over several prompts.
+
+    every: I_block is measured at every so many steps, and interpolated between them
+    """
+    if settings.steps <= every:
+        raise ValueError(f"steps={settings.steps} are too few for a profile; take {every + 1} or more")
     runs, impacts, states = [], [], []
     for number, prompt in enumerate(prompts):
         one = replace(settings, prompt=prompt, seed=settings.seed + number)
@@ -212,12 +217,12 @@ def mixcache_data(runs, impacts, noise, blocks: list[int], settings: Settings) -
     curves = {name: mean_curve(runs, f"{name} l1") for name in noise}
     per_prompt = [thresholds([row["step l1"] for row in rows if row["step l1"] is not None]) for rows in runs]
     theta, delta_1, delta_2 = (fmean(column) for column in zip(*per_prompt, strict=True))
-    drift = [row["full l1"] for rows in runs for row in rows[settled(curves["step"][1:]) :] if row["full l1"]]
     after = 1 + settled(curves["step"][1:])
+    drift = [row["full l1"] for rows in runs for row in rows[after:]]
     scale = fmean(row["step abs"][0] for rows in runs for row in rows[after:])
     impact = {"step": mean_abs_normal(*noise["step"]) / scale}
     if "cfg" in noise:
-        impact["cfg"] = (settings.cfg_scale - 1) * mean_abs_normal(*noise["cfg"]) / scale
+        impact["cfg"] = abs(settings.cfg_scale - 1) * mean_abs_normal(*noise["cfg"]) / scale
     steps = len(curves["step"])
     averaged = {i: {t: fmean(run[i][t] for run in impacts) for t in impacts[0][i]} for i in blocks}
     return {
@@ -271,14 +276,22 @@ def profile_unicp(
     return Profile("unicp", profile_match(settings), data, tensors)
 
 
+def methods_to_profile(cache: str) -> dict[str, str]:
+    """The methods of a --cache argument, {name: SPEC}; what cannot be made is refused at once."""
+    specs = parse(cache)
+    if odd := [spec.name for spec in specs if spec.name not in ("mixcache", "unicp")]:
+        raise ValueError(f"{odd[0]} has nothing to profile; choose mixcache, unicp or mixcache+unicp")
+    make_policy(specs, lambda method: None)  # knows its options
+    return dict(zip((spec.name for spec in specs), cache.split("+"), strict=True))
+
+
 def make_profile(method: str, engine: Engine, settings: Settings, prompts: Sequence[str]) -> Profile:
     """The profile of a caching method. method: a SPEC, of which the name counts, and unicp's basis"""
+    methods_to_profile(method)  # refuses others
     (spec,) = parse(method)
     if spec.name == "mixcache":
         return profile_mixcache(engine, settings, prompts)
-    if spec.name == "unicp":
-        return profile_unicp(engine, settings, prompts, basis=spec.options.get("basis", "two-sided"))
-    raise ValueError(f"{spec.name} has nothing to profile; choose mixcache, unicp or mixcache+unicp")
+    return profile_unicp(engine, settings, prompts, basis=spec.options.get("basis", "two-sided"))
 
 
 def closed_loop(engine: Engine, settings: Settings, cache: str, prompts: Sequence[str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 from minidit.cache.trace import read_plans, read_trace
 
@@ -34,12 +34,16 @@ class Spec:
 
 def parse(text: str) -> tuple[Spec, ...]:
     """The methods of a --cache argument, the outer one first."""
+    if text.startswith("replay:"):
+        return (parse_one(text),)  # a file name may hold any character
     return tuple(parse_one(part) for part in text.split("+"))
 
 
 def parse_one(text: str) -> Spec:
     head, *rest = text.strip().split(":")
     if head == "replay":
+        if not any(rest):
+            raise ValueError(f"cache {text!r} names no trace; write replay:FILE")
         return Spec(head, ":".join(rest))  # the rest is a file name
     if head.endswith(".py"):
         if not rest:
@@ -70,14 +74,18 @@ def find_class(name: str) -> type:
     module_spec.loader.exec_module(module)
     if not hasattr(module, cls):
         raise ValueError(f"cache {name!r}: {path} has no class {cls}")
-    return getattr(module, cls)
+    policy = getattr(module, cls)
+    if missing := [method for method in ("reset", "plan", "tell") if not hasattr(policy, method)]:
+        raise ValueError(f"cache {name!r}: {cls} has no {missing[0]}(); a policy has reset, plan and tell")
+    return policy
 
 
 def make_policy(specs: tuple[Spec, ...], find_profile: Callable[[str], dict | None]) -> Any:
     """The policy of a parsed --cache argument.
 
     find_profile(method name) -> the data of the profile that fits the run, or None; asked only for methods
-    whose constructor has a parameter `profile`.
+    whose constructor has a parameter `profile`, unless cls.needs_profile(options) says no. The method name
+    of my_policy.py:MyPolicy is MyPolicy.
     """
     policies = [make_one(spec, find_profile) for spec in specs]
     if len(policies) == 1:
@@ -98,16 +106,23 @@ def make_one(spec: Spec, find_profile: Callable[[str], dict | None]) -> Any:
     if spec.variant and spec.variant not in variants:
         known = f"it has {', '.join(variants)}" if variants else "it has none"
         raise ValueError(f"unknown variant {spec.variant!r} of cache {spec.name}; {known}")
-    parameters = {n: p for n, p in inspect.signature(cls).parameters.items() if n != "profile"}
+    parameters = options_of(cls)
     values = dict(variants[spec.variant]) if spec.variant else {}
     for key, text in spec.options.items():
         if key not in parameters:
             known = ", ".join(parameters) or "none"
             raise ValueError(f"cache {spec.name} has no option {key!r}; it has {known}")
         values[key] = read_value(text, parameters[key].annotation, f"cache {spec.name}: {key}")
-    if "profile" in inspect.signature(cls).parameters:
-        values["profile"] = find_profile(spec.name)
+    needs_profile = getattr(cls, "needs_profile", lambda options: True)
+    if "profile" in inspect.signature(cls).parameters and needs_profile(values):
+        values["profile"] = find_profile(spec.name.rsplit(":")[-1])
     return cls(**values)
+
+
+def options_of(cls: type) -> dict[str, inspect.Parameter]:
+    """What a user may set of a policy: the parameters of its constructor."""
+    parameters = inspect.signature(cls, eval_str=True).parameters
+    return {name: p for name, p in parameters.items() if name != "profile"}
 
 
 def read_value(text: str, kind: Any, where: str) -> Any:
@@ -115,7 +130,7 @@ def read_value(text: str, kind: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
         return tuple(read_value(part, item, where) for part in text.split("/"))
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in (Union, UnionType):
         if text == "none":
             return None
         kinds = [k for k in get_args(kind) if k is not type(None)]
@@ -126,25 +141,32 @@ def read_value(text: str, kind: Any, where: str) -> Any:
                 continue
         raise ValueError(f"{where}={text!r} is not {kind}")
     if kind is bool:
-        words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False}
-        if (text.lower() if text != "0" else "off") in words:
-            return words[text.lower() if text != "0" else "off"]
+        if text.lower() in ("true", "yes", "on", "1"):
+            return True
+        if text.lower() in ("false", "no", "off", "0"):
+            return False
         raise ValueError(f"{where}={text!r} is neither true nor false")
+    if kind not in (int, float, str):
+        raise ValueError(
+            f"{where} cannot be set: its annotation is not int, float, bool, str, a tuple of one of these "
+            f"such as tuple[int, ...], or one of these | None"
+        )
     try:
         return kind(text)
     except (TypeError, ValueError):
-        raise ValueError(f"{where}={text!r} is not {getattr(kind, '__name__', kind)}") from None
+        raise ValueError(f"{where}={text!r} is not {kind.__name__}") from None
 
 
 def summary(name: str) -> tuple[str, str]:
     """First line of a method's docstring, and its options with their defaults."""
     cls = find_class(name)
-    options = [
-        f"{n}={show(p.default)}" for n, p in inspect.signature(cls).parameters.items() if n != "profile"
-    ]
+    options = [f"{n}={show(p.default)}" for n, p in options_of(cls).items() if p.default is not p.empty]
     first = re.split(r"\n\s*\n|\n", inspect.getdoc(cls) or "", maxsplit=1)[0]
     return first, ", ".join(options)
 
 
 def show(value: Any) -> str:
-    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+    """A value as it has to be typed."""
+    if isinstance(value, tuple):
+        return "/".join(map(show, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minidit.attention import Folded, FoldedText
 from minidit.cache.plan import SHARED, Mix, Need, Site
 from minidit_kernels.mix import mix
 
@@ -37,11 +38,15 @@ class Store:
 
     rings: dict[tuple[Site, str], Ring] = field(default_factory=dict)
     constants: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)  # (block, name) -> tensor
+    folds: dict[tuple[int, str, int], Folded | FoldedText] = field(
+        default_factory=dict
+    )  # (block, name, width)
 
     @property
     def bytes(self) -> int:
-        rings = sum(ring.slots.numel() * ring.slots.element_size() for ring in self.rings.values())
-        return rings + sum(t.numel() * t.element_size() for t in self.constants.values())
+        tensors = [ring.slots for ring in self.rings.values()] + list(self.constants.values())
+        tensors += [t for fold in self.folds.values() for t in vars(fold).values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def holds(self, site: Site, branch: str) -> bool:
         """Whether there is a ring for this site and branch."""
@@ -50,10 +55,20 @@ class Store:
     def push(self, site: Site, branch: str, value: Tensor) -> None:
         self.rings[site, branch].push(value)
 
+    def constant(self, block: int, name: str) -> Tensor:
+        if (block, name) not in self.constants:
+            raise ValueError(
+                f"no profile of this run has {name} of block {block}; make one with python -m minidit profile"
+            )
+        return self.constants[block, name]
+
     def entries(self, site: Site, branch: str) -> list[Tensor]:
         ring = self.rings.get((site, branch))
         if ring is None or not ring.pushed:
-            raise ValueError(f"the plan reads {site} of {branch or 'the run'}, which was never kept")
+            raise ValueError(
+                f"the plan reads {site} of {branch or 'the run'}, which was never kept; name it in "
+                f"reset()'s needs, and keep it in an earlier step"
+            )
         return ring.entries()
 
     def mix(self, site: Site, branches: Sequence[str], how: Mix) -> Tensor:
@@ -70,12 +85,12 @@ def make_store(
     constants: Mapping[tuple[int, str], Tensor] | None = None,
 ) -> Store:
     """Allocate all rings before step 0; too much for the device is refused with the number."""
-    wanted = {
-        (need.site, branch): (need.depth, *shape_of(need.site, branch))
-        for need in needs
-        for branch in (("",) if need.site in SHARED else need.branches or branches)
-        if branch in ("", *branches)
-    }
+    depths: dict[tuple[Site, str], int] = {}
+    for need in needs:
+        for branch in ("",) if need.site in SHARED else need.branches or branches:
+            if branch in ("", *branches):  # two methods may need one site: the deeper ring serves both
+                depths[need.site, branch] = max(need.depth, depths.get((need.site, branch), 0))
+    wanted = {key: (depth, *shape_of(*key)) for key, depth in depths.items()}
     sizes = [depth * torch.Size(shape).numel() * dtype.itemsize for depth, shape, dtype in wanted.values()]
     total, free = sum(sizes), free_bytes(device)
     if free is not None and total > free:

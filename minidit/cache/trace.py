@@ -8,14 +8,14 @@ from typing import Any
 
 from minidit.cache import plan as vocabulary
 from minidit.cache.macs import Table, full_macs, plan_macs
-from minidit.cache.plan import Measure, Plan
+from minidit.cache.plan import Measure, Plan, check
 
 VERSION = 1
 TYPES = {
     cls.__name__: cls
     for cls in (
         vocabulary.Site, vocabulary.Mix, vocabulary.Run, vocabulary.Load, vocabulary.Add, vocabulary.Slice,
-        vocabulary.Measure, vocabulary.Gate, vocabulary.Plan,
+        vocabulary.Freeze, vocabulary.Measure, vocabulary.Gate, vocabulary.Plan,
     )
 }  # fmt: skip
 
@@ -129,8 +129,8 @@ def read_plans(trace: dict, where: str) -> tuple[Plan, ...]:
     """The plan of every step of a trace."""
     try:
         plans = tuple(from_json(step["plan"]) for step in trace["steps"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} holds a step without a plan ({error})") from None
-    if not all(isinstance(plan, Plan) for plan in plans):
-        raise ValueError(f"{where} holds a step without a plan")
+        for plan in plans:
+            check(plan, trace["depth"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} holds a step that is no plan ({error}); make it again") from None
     return plans

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidit.attention import FULL, AttnOp, attention
+from minidit.attention import FoldableAttention, TextAttention
 from minidit.cache.loop import BlockCache, Lane, run_blocks
 from minidit.layers import Mlp, TimeMlp, timestep_sinusoid
 from minidit.presets import LatteConfig
@@ -72,14 +72,6 @@ class Cond:
         )
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    return rearrange(x, "b l (n k) -> b n l k", n=heads)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    return rearrange(x, "b n l k -> b l (n k)")
-
-
 def sinusoid(positions: Tensor, width: int) -> Tensor:
     """[sin(p f) | cos(p f)] with f_k = 10000^(-2k/width). positions (n,) fp64 -> (n, width) fp64"""
     f = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
@@ -106,57 +98,6 @@ def modulation_table(rows: int, width: int) -> Tensor:
     return torch.empty(rows, width).uniform_(-bound, bound)
 
 
-class SelfAttention(nn.Module):
-    """Attention within each frame ("space"), or of each place over the frames ("time"). No norms, no rope."""
-
-    def __init__(self, config: LatteConfig, axis: str):
-        super().__init__()
-        self.heads, self.axis = config.heads, axis
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
-
-    def groups(self, x: Tensor, frames: int) -> Tensor:
-        """Tokens by whom they attend to. x (B, T*S, D) -> (B*T, S, D) or (B*S, T, D)"""
-        pattern = "b (t s) d -> (b t) s d" if self.axis == "space" else "b (t s) d -> (b s) t d"
-        return rearrange(x, pattern, t=frames)
-
-    def ungroup(self, x: Tensor, batch: int) -> Tensor:
-        """The way back. x (B*T, S, D) or (B*S, T, D) -> (B, T*S, D)"""
-        pattern = "(b t) s d -> b (t s) d" if self.axis == "space" else "(b s) t d -> b (t s) d"
-        return rearrange(x, pattern, b=batch)
-
-    def queries_keys_values(self, x: Tensor, cond: BlockCond) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T*S, D) -> q, k, v, as they enter the scores: (B*T, N, S, K) or (B*S, N, T, K)"""
-        q, k, v = self.qkv(self.groups(x, cond.frames)).chunk(3, dim=-1)
-        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
-
-    def forward(self, x: Tensor, cond: BlockCond, *, how: AttnOp = FULL) -> Tensor:
-        q, k, v = self.queries_keys_values(x, cond)
-        q, k = how.prepare(q, k)
-        out = attention(q, k, v, scale=v.shape[-1] ** -0.5, backend=cond.attention)
-        return self.ungroup(self.out(merge_heads(out)), len(x))
-
-
-class CrossAttention(nn.Module):
-    """Attention from video tokens to the text rows, as many as the prompt has."""
-
-    def __init__(self, config: LatteConfig):
-        super().__init__()
-        self.heads = config.heads
-        self.q = nn.Linear(config.width, config.width)
-        self.kv = nn.Linear(config.width, 2 * config.width)
-        self.out = nn.Linear(config.width, config.width)
-
-    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """text (B, M, D) -> keys and values (B, N, M, K)"""
-        k, v = self.kv(text).chunk(2, dim=-1)
-        return split_heads(k, self.heads), split_heads(v, self.heads)
-
-    def forward(self, x: Tensor, cond: BlockCond) -> Tensor:
-        q = split_heads(self.q(x), self.heads)  # (B, N, L, K)
-        return self.out(merge_heads(attention(q, *cond.text_kv, backend=cond.attention)))
-
-
 class LatteBlock(nn.Module):
     """A spatial half with text and a temporal half without; the timestep modulates all but the text."""
 
@@ -164,11 +105,11 @@ class LatteBlock(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.mod = nn.Parameter(modulation_table(6, config.width))
-        self.attn = SelfAttention(config, "space")
-        self.cross = CrossAttention(config)
+        self.attn = FoldableAttention(config.width, config.heads, "space")
+        self.cross = TextAttention(config.width, config.heads)
         self.mlp = Mlp(config.width, config.mlp_width)
         self.t_mod = nn.Parameter(modulation_table(6, config.width))
-        self.t_attn = SelfAttention(config, "time")
+        self.t_attn = FoldableAttention(config.width, config.heads, "time")
         self.t_mlp = Mlp(config.width, config.mlp_width)
 
     def forward(self, h: Tensor, cond: BlockCond, cache: BlockCache) -> Tensor:
@@ -182,7 +123,7 @@ class LatteBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.rows(self.mod, cond)
         x = modulate(h, scale1, shift1, eps=self.eps, dtype=cond.dtype)  # (B, T*S, D)
         h = gated_residual(h, gate1, cache.run("attn", self.attn, x, cond))
-        h = h + cache.run("cross", self.cross, h.to(cond.dtype), cond)
+        h = h + cache.run("cross", self.cross, h.to(cond.dtype), cond.text_kv, cond)
         x = modulate(h, scale2, shift2, eps=self.eps, dtype=cond.dtype)
         return gated_residual(h, gate2, cache.run("mlp", self.mlp, x))
 
@@ -310,6 +251,11 @@ class Latte(nn.Module):
         t, h, w = context.grid
         return (1, t * h * w, self.config.width), context.residual
 
+    def map_shape(self, context: Context, sub: str) -> tuple[int, ...]:
+        """Shape of what decides one branch's attention map."""
+        t, h, w = context.grid
+        return getattr(self.blocks[0], sub).pattern_shape(t, h * w)
+
     def activation_bytes(self, tokens: int, item: int) -> int:
         """An estimate of the fullest moment of a block, beside text keys and values of two branches.
 
@@ -326,17 +272,19 @@ class Latte(nn.Module):
         """Multiply-adds of one forward of one branch, by (block, sub-module).
 
         size: latent (T, H, W). Linears and both attention products inside the blocks; text keys and values
-        are computed once per generation and not counted. slice_width: of queries and keys in self-attention,
-        which comes folded into their projections.
+        are computed once per generation and not counted. slice_width: of queries and keys, which comes
+        folded into their projections; 0: a kept map's, which over time is there and within frames
+        is made anew from kept queries and keys.
         """
         c = self.config
         frames, places = size[0], size[1] * size[2] // c.patch**2
-        tokens, narrow = frames * places, c.heads * (slice_width or c.width // c.heads)
+        tokens, narrow = frames * places, c.width if slice_width is None else c.heads * slice_width
         linears = 2 * tokens * c.width * (c.width + narrow)  # value and output, query and key
+        rotation = text_len * c.width * (slice_width or 0)  # of the text's keys
         mlp = 2 * tokens * c.width * c.mlp_width
         per_block = {
-            "attn": linears + tokens * places * (c.width + narrow),
-            "cross": 2 * tokens * c.width**2 + 2 * tokens * text_len * c.width,
+            "attn": linears + tokens * places * (c.width + (narrow or c.width)),
+            "cross": tokens * (c.width + text_len) * (c.width + narrow) + rotation,
             "mlp": mlp,
             "t_attn": linears + tokens * frames * (c.width + narrow),
             "t_mlp": mlp,

@@ -7,12 +7,11 @@ remove html with BeautifulSoup; Python's own parser gives the same text.
 import html
 import re
 from html.parser import HTMLParser
+from typing import Protocol
 from urllib.parse import unquote_plus
 
 import torch
 from torch import Tensor, nn
-
-from minidit.text.prompts import Tokenizer
 
 PAD = 0
 
@@ -74,6 +73,12 @@ EDGES: Rules = (
 )
 
 
+class Tokenizer(Protocol):
+    """What encode_captions needs of a tokenizer."""
+
+    def encode(self, text: str, max_len: int) -> list[int]: ...
+
+
 class TextOnly(HTMLParser):
     """Collects what a page shows."""
 
@@ -124,6 +129,11 @@ def clean_caption(text: str, *, strip_inside: bool = False) -> str:
     strip_inside: as Open-Sora does it, with one more strip half-way.
     """
     return clean_once(clean_once(text, strip_inside=strip_inside), strip_inside=strip_inside)
+
+
+def with_scores(caption: str, aesthetic: float = 6.5) -> str:
+    """Open-Sora's captions end in scores; one that the caption already has stays as it is."""
+    return caption if "aesthetic score:" in caption else f"{caption} aesthetic score: {aesthetic:.1f}."
 
 
 @torch.no_grad()

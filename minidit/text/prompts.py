@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+PAD = 0  # in every vocabulary of the T5 family
+
 
 class Tokenizer(Protocol):
     """What encode_prompts needs of a tokenizer."""
@@ -23,6 +25,22 @@ def clean_prompt(text: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split())
+
+
+@torch.no_grad()
+def encode_padded(
+    prompts: list[str], tokenizer: Tokenizer, encoder: nn.Module, *, length: int, device: torch.device | str
+) -> list[Tensor]:
+    """The text states of each prompt as it is, padding attended to like text -> one (length, D) per prompt.
+
+    CogVideoX was trained with every row of these. A longer prompt is cut. Follows diffusers'
+    CogVideoXPipeline; the SAT code has zeros in place of the states of an empty prompt.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list of strings, got {prompts[:40]!r}; put it in a list")
+    rows = [tokenizer.encode(prompt, length) for prompt in prompts]
+    padded = torch.tensor([row + [PAD] * (length - len(row)) for row in rows], device=device)  # (B, length)
+    return [encoder(ids[None], torch.ones_like(ids[None]))[0] for ids in padded]
 
 
 @torch.no_grad()

@@ -310,6 +310,11 @@ class Tiling:
         self.strides = [int(n * (1 - share)) for n, share in zip(size, OVERLAP, strict=True)]
         self.blends = [int(n * share) for n, share in zip(size_out, OVERLAP, strict=True)]
         self.kept = [n - blend for n, blend in zip(size_out, self.blends, strict=True)]
+        steps = [kept * n / n_out for kept, n, n_out in zip(self.kept, size, size_out, strict=True)]
+        if steps != self.strides:
+            raise ValueError(
+                f"tiles of {size} cells would leave gaps; give the VAE a tile of multiples of 48 x 40 pixels"
+            )
 
     def is_needed(self, x: Tensor) -> bool:
         return x.shape[3] > self.size[0] or x.shape[4] > self.size[1]

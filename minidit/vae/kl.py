@@ -195,9 +195,9 @@ class KLVAE(nn.Module):
 
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents, not scaled. (B, 3, T, H, W) -> two (B, C, T, h, w)"""
-        if video.ndim != 5 or video.shape[1] != 3 or any(n % self.space_stride for n in video.shape[3:]):
-            want = f"(B, 3, T, H, W) with sides of {self.space_stride}n"
-            raise ValueError(f"video is {tuple(video.shape)}, want {want}; crop it")
+        if video.ndim != 5 or video.shape[1] != 3 or min(video.shape[3:]) < self.space_stride:
+            want = f"(B, 3, T, H, W) with sides of at least {self.space_stride}"
+            raise ValueError(f"video is {tuple(video.shape)}, want {want}; permute or unsqueeze it")
         frames = rearrange(video, "b c t h w -> (b t) c h w").to(self.quant.weight.dtype).split(1)
         x = torch.cat([self.quant(self.encoder(frame)) for frame in frames])
         mean, logvar = rearrange(x, "(b t) c h w -> b c t h w", b=len(video)).chunk(2, dim=1)

@@ -291,7 +291,7 @@ class WanVAE(nn.Module):
         Every convolution of the last level keeps two frames of context.
         """
         c = self.config
-        level = 2 * c.base * (4 * 3 + 2 * 2 * (c.res_blocks + 1))
+        level = 4 * c.base * (4 * 3 + 2 * 2 * (c.res_blocks + 1))  # twice the tensors: measured on a CPU
         return width * height * 4 * level + num_frames * width * height * 3 * 5
 
     def statistics(self, device: torch.device) -> Tensor:

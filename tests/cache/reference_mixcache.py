@@ -1,9 +1,9 @@
-"""MixCache on Wan, unrolled by hand: the whole sampling loop of Algorithm 1 over plain tensors.
+"""MixCache, unrolled by hand: the whole sampling loop of Algorithm 1 over plain tensors.
 
 Nothing of minidit/cache decides, stores or measures here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ def mixcache_reference(
     penalty: bool = True,
     block_uncond: str = "fill",
     residual: bool = False,
+    draw: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> tuple[Tensor, list[str]]:
     """-> latents, and the mode of every step: full, step, cfg or block i"""
     model, depth = forward.model, len(forward.model.blocks)
@@ -57,7 +58,8 @@ def mixcache_reference(
                 for row, branch in enumerate(branches):
                     state = (h - h_0 if residual else h)[row : row + 1].clone()
                     if branch == "cond" and (branch, i) in old:
-                        D[f"block {i}"] = distance(state, old[branch, i])
+                        video = slice(forward.video_tokens)  # text rows may follow
+                        D[f"block {i}"] = distance(state[:, video], old[branch, i][:, video])
                     old[branch, i] = state
         return list(model.head(h, cond).split(1))
 
@@ -84,7 +86,7 @@ def mixcache_reference(
         if mode == "step":
             cond, uncond = old["cond"], old["cond"] + old["delta"]
             guided = uncond + step.guidance * (cond - uncond)
-            if isinstance(guidance, float):
+            if len({s.guidance for s in schedule.steps(guidance)}) == 1:
                 guided = old["guided"]
         else:
             resume = int(mode.split()[1]) if mode.startswith("block") else None
@@ -114,5 +116,6 @@ def mixcache_reference(
             old["guided"], old["cond"] = guided, cond
         last = mode
         modes.append(mode)
-        x, solver = schedule.step(step.i, x, guided, solver)
+        fresh = [draw(x.shape) for _ in range(schedule.needs_noise)]
+        x, solver = schedule.step(step.i, x, guided, solver, fresh)
     return x, modes

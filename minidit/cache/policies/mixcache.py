@@ -53,6 +53,11 @@ def default_blocks(depth: int, family: str) -> tuple[int, ...]:
     return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4} - {depth - 1}))
 
 
+def default_delta(family: str) -> tuple[float, float]:
+    """The published pair of D_full."""
+    return (0.3, 0.4) if family == "cogvideox" else (0.05, 0.1)
+
+
 def check_choices(name: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
     """Refuse a value that an option does not know."""
     if odd := [value for value in values if value not in known]:
@@ -64,8 +69,9 @@ class MixCache:
 
     Published defaults: theta 0.1, delta 0.05/0.1 (CogVideoX: 0.3/0.4), N 4/3/2, variant eff 5/4/3.
 
-    theta: warm-up ends once D_step is below · delta: the two D_full at which N changes · intervals: N for a
-    low, middling and high D_full · interval: one N in place of these · levels: what may be reused
+    theta: warm-up ends once D_step is below; "profile" takes the one that the profile suggests
+    delta: the two D_full at which N changes · intervals: N for a low, middling and high D_full
+    interval: one N in place of these · levels: what may be reused
     blocks: candidates i; block i stores h(i + 1) and resumes there (10/20/30 from depth 40 on, else quarters)
     block_uncond: in block mode, fill uncond as in cfg mode, or run it too, from its own stored state
     residual: resume from h(0) + what blocks 0 .. i last added, not from the last h(i + 1)
@@ -78,8 +84,8 @@ class MixCache:
 
     def __init__(
         self,
-        theta: float = 0.1,
-        delta: tuple[float, ...] = (0.05, 0.1),
+        theta: float | str = 0.1,
+        delta: tuple[float, ...] | None = None,
         intervals: tuple[int, ...] = (4, 3, 2),
         interval: int | None = None,
         levels: tuple[str, ...] = ("step", "cfg", "block"),
@@ -97,17 +103,26 @@ class MixCache:
         self.relatch, self.per_step, self.penalty = relatch, per_step, penalty
         self.source, self.profile = impact, profile
         counts = (*intervals, 1 if interval is None else interval)
-        if len(delta) != 2 or delta[0] > delta[1] or len(counts) != 4 or min(counts) < 1:
+        is_pair = delta is None or (len(delta) == 2 and delta[0] <= delta[1])
+        if not is_pair or len(counts) != 4 or min(counts) < 1:
             raise ValueError(
                 f"mixcache: delta={delta}, intervals={intervals}, interval={interval}; wanted two rising "
                 f"distances, and three counts and one of at least 1, such as 0.05/0.1 and 4/3/2"
             )
+        if isinstance(theta, str) and theta != "profile":
+            raise ValueError(f"mixcache: theta={theta!r} is neither a distance, such as 0.1, nor profile")
         check_choices("levels", levels, ("step", "cfg", "block"))
         check_choices("block_uncond", (block_uncond,), ("fill", "run"))
         check_choices("impact", (impact,), ("profile", "uniform"))
 
+    @staticmethod
+    def needs_profile(options: dict) -> bool:
+        """Whether these options of a spec take anything from a profile."""
+        return options.get("impact") != "uniform" or options.get("theta") == "profile"
+
     def reset(self, run: RunInfo) -> tuple[Need, ...]:
         depth, guided = run.depth, "uncond" in run.branches
+        self.bounds = self.delta or default_delta(run.family)
         chosen = self.blocks or default_blocks(depth, run.family)
         self.candidates = tuple(sorted(set(chosen))) if "block" in self.levels else ()
         if odd := [i for i in self.candidates if not 0 <= i < depth - 1]:
@@ -119,6 +134,7 @@ class MixCache:
             raise ValueError(f"mixcache: levels={'/'.join(self.levels)} cannot act on a run without guidance")
         self.impact = {mode: self.impact_of(mode, len(run.steps)) for mode in modes}
         self.plans = self.make_plans(guided, guided and len({step.guidance for step in run.steps}) > 1)
+        self.limit = self.suggested_theta() if self.theta == "profile" else self.theta
         self.on, self.count, self.mode = False, 0, "full"
         self.n = self.fixed or self.intervals[1]
         self.distance: dict[str, float] = {}  # the last known D of every mode
@@ -132,6 +148,12 @@ class MixCache:
     def site(self, block: int) -> Site:
         """What candidate `block` stores."""
         return residual(0, block + 1) if self.residual else h(block + 1)
+
+    def suggested_theta(self) -> float:
+        """The profile's theta: where D_step settles."""
+        if self.profile is None:
+            raise ValueError("mixcache: theta=profile needs one; make it with python -m minidit profile")
+        return self.profile["theta"]["suggested"]
 
     def impact_of(self, mode: str, steps: int) -> list[float]:
         """I of a mode by step."""
@@ -178,7 +200,7 @@ class MixCache:
 
     def plan(self, step) -> Plan:
         if self.relatch or not self.on:
-            self.on = self.distance.get("step", float("inf")) < self.theta
+            self.on = self.distance.get("step", float("inf")) < self.limit
         self.count = (self.count + 1) % self.n if self.on else 0
         known = {mode: self.distance[mode] for mode in self.impact if mode in self.distance}
         impact = {mode: table[step.i] for mode, table in self.impact.items()}
@@ -194,5 +216,5 @@ class MixCache:
                 age = step.i - self.stored_at[measure.site] if self.per_step else 1
                 self.distance[mode] = values[measure] / age
         if self.on and DRIFT in values:
-            self.n = self.fixed or interval(values[DRIFT], self.delta, self.intervals)
+            self.n = self.fixed or interval(values[DRIFT], self.bounds, self.intervals)
         self.stored_at |= dict.fromkeys(self.plans[self.mode].keep, step.i)

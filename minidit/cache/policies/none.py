@@ -4,7 +4,7 @@ from minidit.cache.plan import RUN_ALL, Need, Plan, RunInfo, Values
 
 
 class NoCache:
-    """Needs nothing, keeps nothing, measures nothing."""
+    """Every step runs in full: the baseline that the others are compared with."""
 
     def reset(self, run: RunInfo) -> tuple[Need, ...]:
         return ()

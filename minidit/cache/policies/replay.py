@@ -1,8 +1,24 @@
-"""Replay: the plans of an earlier run, step by step, whatever is measured now."""
+"""The plans of an earlier run, step by step, whatever is measured now."""
 
 from dataclasses import replace
 
-from minidit.cache.plan import CFG_DELTA, GUIDED, Add, Load, Mix, Need, Plan, RunInfo, Site, Values, sub
+from minidit.cache.plan import (
+    CFG_DELTA,
+    GUIDED,
+    REUSE,
+    Add,
+    Freeze,
+    Load,
+    Mix,
+    Need,
+    Plan,
+    RunInfo,
+    Site,
+    Slice,
+    Values,
+    attention_map,
+    sub,
+)
 
 
 class Replay:
@@ -11,16 +27,25 @@ class Replay:
     def __init__(self, plans: tuple[Plan, ...]):
         self.plans = tuple(replace(plan, gate=None) for plan in plans)  # its decision stands in the path
 
+    @property
+    def slices(self) -> bool:
+        """Whether any plan slices attention, and so needs a profile's bases."""
+        return any(isinstance(how, Slice) for plan in self.plans for _, how in plan.subs)
+
     def reset(self, run: RunInfo) -> tuple[Need, ...]:
         if len(self.plans) != len(run.steps):
             raise ValueError(
                 f"the trace has {len(self.plans)} steps, this run {len(run.steps)}; make them equal"
             )
-        depths: dict[Site, int] = {}
+        needs: dict[tuple[Site, str], Need] = {}  # the branches that read or measure a site, not all of them
         for plan in self.plans:
-            for site, depth in [*reads(plan), *((m.site, m.age + 1) for m in plan.measure)]:
-                depths[site] = max(depths.get(site, 1), depth)
-        return tuple(Need(site, depth) for site, depth in depths.items())
+            names = plan.branches or run.branches
+            wanted = [(site, depth, name) for site, depth in reads(plan) for name in names]
+            wanted += [(m.site, m.age + 1, m.branch) for m in plan.measure]
+            for site, depth, name in wanted:
+                known = needs.get((site, name), Need(site))
+                needs[site, name] = Need(site, max(known.depth, depth), (name,))
+        return tuple(needs.values())
 
     def plan(self, step) -> Plan:
         return self.plans[step.i]
@@ -33,5 +58,6 @@ def reads(plan: Plan) -> list[tuple[Site, int]]:
     """(site, ring depth) of everything that a plan reads from the store."""
     mixes = [(item.site, item.mix) for item in plan.path if isinstance(item, Load | Add)]
     mixes += [(sub(*key), how) for key, how in plan.subs if isinstance(how, Mix)]
+    mixes += [(attention_map(*key), REUSE) for key, how in plan.subs if isinstance(how, Freeze)]
     mixes += [(site, mix) for site, mix in ((CFG_DELTA, plan.fill), (GUIDED, plan.output)) if mix is not None]
     return [(site, len(mix.coefficients)) for site, mix in mixes]
