@@ -11,7 +11,7 @@ import argparse
 import sys
 from dataclasses import replace
 from functools import cache
-from statistics import fmean
+from statistics import fmean, median
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ class Bench:
         pairs = list(zip(videos, self.plain(self.steps), strict=True))
         db = [min(psnr(a, b), 99.0) for a, b in pairs]
         return {
-            "psnr": f"{fmean(db):.1f} ± {stdev(db):.1f}",
+            "psnr": f"{fmean(db):.1f} ({median(db):.1f}, {min(db):.1f})",
             "ssim": f"{fmean(ssim(a, b) for a, b in pairs):.4f}",
         }
 

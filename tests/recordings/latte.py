@@ -69,10 +69,9 @@ def run_latte_dit(recording: Recording) -> Outcome:
     }
     capture = Capture(modules)
     outs = {"out.base": latte_case(model, io, "base")}
-    mids = {name: grouped(x, io[name].shape) for name, x in capture.joined().items()}
+    mids = {name: grouped(x, io[name].shape) for name, x in capture.joined().items() if name in io}
     outs |= {f"out.{case}": latte_case(model, io, case) for case in ("encmask", "image", "notemporal")}
-    frames, width = io["mid.temp_pos_embed"].shape[1:]
-    positions = sinusoid(torch.arange(frames, dtype=torch.float64), width)
+    positions = sinusoid(torch.arange(model.config.frames, dtype=torch.float64), model.config.width)
     return Outcome(outs, mids | {"mid.temp_pos_embed": positions.float()[None]})
 
 

@@ -137,7 +137,7 @@ def nearest_width(widths: Sequence[int], full: int, ratio: float) -> int:
 
 
 class UniCP:
-    """Reuses attention outputs along a calibrated map, and narrows queries and keys where they have to run.
+    """UniCP (Sun et al., 2025, arXiv 2502.04393): attention reused along a map, and narrowed where it runs.
 
     threshold: E1 .. E5 or a number · window: strict or literal · slice, reuse: the two halves of the method
     ratio: slices every block by this share (0.1 .. 0.4), whatever it costs; without it the threshold decides,
