@@ -60,6 +60,11 @@ class TimeMlp(nn.Module):
         return self.down(F.silu(self.up(x.to(self.up.weight.dtype))))
 
 
+def take_rows(x: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a batch; a view, not a copy, where it is one row. x (B, ...) -> (len(rows), ...)"""
+    return x[rows[0] : rows[0] + 1] if len(rows) == 1 else x[rows]
+
+
 def timestep_sinusoid(t: Tensor, width: int) -> Tensor:
     """[cos(t f) | sin(t f)] with f_i = 10000^(-2i/width), computed in fp64. t (B,) -> (B, width) fp32"""
     half = width // 2

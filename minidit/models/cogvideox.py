@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidit.attention import FULL, AttnOp, attention
+from minidit.attention import FULL, AttnOp, attention, merge_heads, split_heads
 from minidit.cache.loop import BlockCache, Lane, run_blocks
 from minidit.layers import LayerNorm, Mlp, TimeMlp, timestep_sinusoid
 from minidit.presets import CogVideoXConfig
@@ -63,10 +63,6 @@ class Cond:
 
     def at(self, block: int) -> "Cond":
         return self
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    return rearrange(x, "b l (n k) -> b n l k", n=heads)
 
 
 def cropped_axes(grid: tuple[int, int], base: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -179,7 +175,7 @@ class Attention(nn.Module):
         q, k, v = self.queries_keys_values(x, cond)
         q, k = how.prepare(q, k)  # (B, N, L + M, R)
         x = attention(q, k, v, scale=v.shape[-1] ** -0.5, backend=cond.context.attention)
-        return self.out(rearrange(x, "b n l k -> b l (n k)"))
+        return self.out(merge_heads(x))
 
 
 class CogVideoXBlock(nn.Module):

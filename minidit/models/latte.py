@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minidit.attention import FoldableAttention, TextAttention
 from minidit.cache.loop import BlockCache, Lane, run_blocks
-from minidit.layers import Mlp, TimeMlp, timestep_sinusoid
+from minidit.layers import Mlp, TimeMlp, take_rows, timestep_sinusoid
 from minidit.presets import LatteConfig
 from minidit_kernels.modulate import gated_residual, modulate
 
@@ -47,11 +47,10 @@ class Context:
 
     def select(self, branches: Sequence[str]) -> "Context":
         """The context of some of its branches; nothing is copied for one branch."""
-        rows = [self.branches.index(branch) for branch in branches]
         if tuple(branches) == self.branches:
             return self
-        take = lambda x: x[rows[0] : rows[0] + 1] if len(rows) == 1 else x[rows]
-        text_kv = tuple((take(k), take(v)) for k, v in self.text_kv)
+        rows = [self.branches.index(branch) for branch in branches]
+        text_kv = tuple((take_rows(k, rows), take_rows(v, rows)) for k, v in self.text_kv)
         return replace(self, branches=tuple(branches), text_kv=text_kv)
 
 

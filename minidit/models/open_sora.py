@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minidit.attention import AxisAttention, TextAttention, split_heads
 from minidit.cache.loop import BlockCache, Lane, run_blocks
-from minidit.layers import Mlp, RMSNorm, TimeMlp, rope_axis, timestep_sinusoid
+from minidit.layers import Mlp, RMSNorm, TimeMlp, rope_axis, take_rows, timestep_sinusoid
 from minidit.presets import OpenSoraConfig
 from minidit_kernels.modulate import gated_residual, modulate
 from minidit_kernels.qk_norm_rope import rope
@@ -63,11 +63,12 @@ class Context:
 
     def select(self, branches: Sequence[str]) -> "Context":
         """The context of some of its branches; nothing is copied for one branch."""
-        rows = [self.branches.index(branch) for branch in branches]
         if tuple(branches) == self.branches:
             return self
-        take = lambda x: x[rows[0] : rows[0] + 1] if len(rows) == 1 else x[rows]
-        text_kv = tuple(tuple((take(k), take(v)) for k, v in halves) for halves in self.text_kv)
+        rows = [self.branches.index(branch) for branch in branches]
+        text_kv = tuple(
+            tuple((take_rows(k, rows), take_rows(v, rows)) for k, v in halves) for halves in self.text_kv
+        )
         return replace(self, branches=tuple(branches), text_kv=text_kv)
 
 

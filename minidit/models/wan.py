@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidit.attention import FULL, AttnOp, attention
+from minidit.attention import FULL, AttnOp, attention, merge_heads, split_heads
 from minidit.cache.loop import BlockCache, Lane, run_blocks
-from minidit.layers import LayerNorm, Mlp, RMSNorm, rope_axis, timestep_sinusoid
+from minidit.layers import LayerNorm, Mlp, RMSNorm, TimeMlp, rope_axis, take_rows, timestep_sinusoid
 from minidit.presets import WanConfig
 from minidit_kernels.modulate import gated_residual, modulate
 from minidit_kernels.qk_norm_rope import rope
@@ -40,11 +40,10 @@ class Context:
 
     def select(self, branches: Sequence[str]) -> "Context":
         """The context of some of its branches; nothing is copied for one branch."""
-        rows = [self.branches.index(branch) for branch in branches]
         if tuple(branches) == self.branches:
             return self
-        take = lambda x: x[rows[0] : rows[0] + 1] if len(rows) == 1 else x[rows]
-        text_kv = tuple((take(k), take(v)) for k, v in self.text_kv)
+        rows = [self.branches.index(branch) for branch in branches]
+        text_kv = tuple((take_rows(k, rows), take_rows(v, rows)) for k, v in self.text_kv)
         return replace(self, branches=tuple(branches), text_kv=text_kv)
 
 
@@ -60,10 +59,6 @@ class Cond:
     def at(self, block: int) -> BlockCond:
         context = self.context
         return BlockCond(self.mod, context.rope, context.text_kv[block], context.attention, self.dtype)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    return rearrange(x, "b l (n k) -> b n l k", n=heads)
 
 
 def rope_table(grid: tuple[int, int, int], width: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +108,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.queries_keys_values(x, cond)
         q, k = how.prepare(q, k)  # (B, N, L, R)
         x = attention(q, k, v, scale=v.shape[-1] ** -0.5, backend=cond.attention)
-        return self.out(rearrange(x, "b n l k -> b l (n k)"))
+        return self.out(merge_heads(x))
 
 
 class CrossAttention(nn.Module):
@@ -135,21 +130,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, cond: BlockCond) -> Tensor:
         q = split_heads(self.q_norm(self.q(x)), self.heads)  # (B, N, L, K)
-        return self.out(
-            rearrange(attention(q, *cond.text_kv, backend=cond.attention), "b n l k -> b l (n k)")
-        )
-
-
-class TimeMlp(nn.Module):
-    """Linear, SiLU, linear."""
-
-    def __init__(self, freq_width: int, width: int):
-        super().__init__()
-        self.up = nn.Linear(freq_width, width)
-        self.down = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.up(x.to(self.up.weight.dtype))))
+        return self.out(merge_heads(attention(q, *cond.text_kv, backend=cond.attention)))
 
 
 class WanBlock(nn.Module):
