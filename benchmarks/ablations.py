@@ -35,6 +35,15 @@ GROUPS = {
         "hybrid, eff, residual": "mixcache:eff:residual=true",
         "hybrid, eff, uncond runs too": "mixcache:eff:block_uncond=run",
     },
+    "settled": {  # table 2 again, with warm-up until the profile's theta
+        "hybrid, acc": "mixcache:theta=profile",
+        "hybrid, eff": "mixcache:eff:theta=profile",
+        "step only, eff": f"mixcache:eff:theta=profile,levels=step,{SINGLE}",
+        "cfg only, eff": f"mixcache:eff:theta=profile,levels=cfg,{SINGLE}",
+        "block only, eff": f"mixcache:eff:theta=profile,levels=block,{SINGLE}",
+        "hybrid, eff + unicp E2": "mixcache:eff:theta=profile+unicp:threshold=E2",
+        "hybrid, eff + unicp E3": "mixcache:eff:theta=profile+unicp:threshold=E3",
+    },
     "table3": {
         "blocks 4": "mixcache:eff:blocks=4",
         "blocks 2, 6": "mixcache:eff:blocks=2/6",
