@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".mp4", ".gif", ".png", ".npz")
 GIF_MAX_FPS = 50  # browsers slow down a gif whose frames last less than two hundredths of a second
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# FFmpeg's SWS_BICUBIC, FULL_CHR_H_INT, FULL_CHR_H_INP and ACCURATE_RND; the default conversion loses 3 dB
+EXACT = 0x4 | 0x2000 | 0x4000 | 0x40000  # numbers: PyAV before 18 has no names for the last three
 GIF_COMMENT = 0xFE  # label of the comment extension
 
 
@@ -305,15 +307,13 @@ def _write_npz(path: Path, frames: np.ndarray, fps: float, text: str) -> None:
 def _decode(path: Path) -> tuple[np.ndarray, float]:
     """Frames and fps as FFmpeg decodes them, with the matrix and range of the file's tags."""
     import av
-    from av.video.reformatter import Interpolation as How
 
-    exact = How.BICUBIC | How.ACCURATE_RND | How.FULL_CHR_H_INT | How.FULL_CHR_H_INP  # the default loses 3 dB
     with av.open(path) as container:
         if not container.streams.video:
             raise ValueError(f"{path} holds no video stream; wanted a video or a picture")
         stream = container.streams.video[0]
         pictures = [
-            (f.time, f.to_ndarray(format="rgb24", interpolation=exact)) for f in container.decode(stream)
+            (f.time, f.to_ndarray(format="rgb24", interpolation=EXACT)) for f in container.decode(stream)
         ]
         fps = float(stream.average_rate or stream.base_rate)
     if not pictures:
