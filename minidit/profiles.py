@@ -53,13 +53,22 @@ def write_profile(folder: Path, profile: Profile) -> Path:
 
 def read_profile(path: Path) -> Profile:
     """Read a profile's json and the tensors beside it."""
+    return with_tensors(read_numbers(path), path)
+
+
+def read_numbers(path: Path) -> Profile:
+    """Read a profile's json alone, which says what it fits."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, wanted {VERSION}")
-        profile = Profile(content["policy"], dict(content["match"]), dict(content["data"]))
+        return Profile(content["policy"], dict(content["match"]), dict(content["data"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as a profile ({error}); make it again") from None
+
+
+def with_tensors(profile: Profile, path: Path) -> Profile:
+    """The profile with the tensors that lie beside its json, where there are any."""
     tensors = path.with_suffix(".safetensors")
     if tensors.is_file():
         try:
@@ -78,14 +87,14 @@ def find_profile(folders: list[Path], policy: str, match: dict[str, Any]) -> Pro
     Where there are profiles but none fits, ValueError names what the nearest one differs in.
     """
     paths = [path for folder in folders for path in sorted(folder.glob(f"{policy}-*.json"))]
-    profiles = [profile for path in paths if (profile := read_profile(path)).policy == policy]
+    profiles = {path: profile for path in paths if (profile := read_numbers(path)).policy == policy}
     odd = lambda p: [k for k in match | p.match if p.match.get(k) != match.get(k)]
-    for profile in profiles:
+    for path, profile in profiles.items():
         if not odd(profile):
-            return profile
+            return with_tensors(profile, path)
     if not profiles:
         return None
-    near = min(profiles, key=lambda p: len(odd(p)))
+    near = min(profiles.values(), key=lambda p: len(odd(p)))
     what = ", ".join(f"{k} {near.match.get(k)} instead of {match.get(k)}" for k in odd(near))
     raise ValueError(
         f"no {policy} profile fits this run: the nearest has {what}; {how_to_make(policy, match)}"
