@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read once: a knob inside a compiled function breaks it
+# read once: a knob inside a compiled function would break its graph
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 if torch.version.cuda or INTERPRET or "triton" in sys.modules:
     import triton
