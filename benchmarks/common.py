@@ -1,23 +1,20 @@
-"""What the benchmarks share: the machine in words, prompts, tables, one JSON line per result."""
+"""What the benchmarks share: the machine in words, prompts, tables, where results go."""
 
 import json
+import os
 import platform
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minidit.generate import DEMO
+
 RESULTS = Path(__file__).parent / "results"
-PROMPTS = (
-    "a red circle moves left to right",
-    "a blue star moves right to left",
-    "a green square moves up",
-    "a yellow triangle moves down",
-    "a purple circle grows",
-    "a white square shrinks",
-    "an orange star stays still",
-    "a small blue triangle moves left to right",
-)
+# of those that nothing was fitted on (cache/profile.py has the others)
+PROMPTS = tuple((DEMO / "prompts.txt").read_text(encoding="utf-8").splitlines()[:8])
 
 
 def machine() -> dict[str, str]:
@@ -37,12 +34,31 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def write_results(name: str, command: str, rows: list[dict[str, Any]]) -> Path:
+def busy() -> str:
+    """A warning where other programs want the processors too, else ""; times then say little."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f"the machine was busy: load {load:.1f} on {cores} cores" if load > cores else ""
+
+
+def command_line(name: str) -> str:
+    """The command that is running. name: of the benchmark"""
+    return " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
+
+
+def results_folder(device: str) -> Path:
+    """Where results of this device go: a card's into a folder of its own, below $OUT where that is set."""
+    root = Path(os.environ.get("OUT") or RESULTS)
+    if not device.startswith("cuda"):
+        return root
+    return root / re.sub(r"\W+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def write_results(name: str, command: str, rows: list[dict[str, Any]], device: str = "cpu") -> Path:
     """One file per benchmark: the machine and the command, then the rows."""
-    path = RESULTS / f"{name}.json"
+    path = results_folder(device) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    head = json.dumps({"command": command, **machine()})
+    head = json.dumps({"command": command, **machine(), **({"note": note} if (note := busy()) else {})})
     path.write_text(f'{{"about": {head},\n "rows": [\n{lines}\n]}}\n')
     return path
 

@@ -1,29 +1,50 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in order of value; `benchmarks/gpu.sh STEP` runs one step of gpu.md.
-# Needs torch with CUDA, and the packages of pyproject.toml; nothing is downloaded.
+# What waits for a GPU, in order of value; `benchmarks/gpu.sh STEP...` runs steps of gpu.md, each at most ten minutes.
+# Needs torch with CUDA; `wheels` installs what lies in the folder wheels/ for those behind it. Nothing is downloaded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH=.:kernels
+export PYTHONPATH=.:kernels:build/wheels PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
+bench() { "$python" -m "benchmarks.$1" --device cuda "${@:2}"; }
 
-smoke() {
+wheels() { "$python" -m pip install --quiet --no-index --no-deps --upgrade --target build/wheels wheels/*.whl; }
+tests() {
     nvidia-smi
     "$python" -m pytest -q -m gpu tests
-    "$python" -m minidit generate "a red circle moves left to right" --output "${OUT:-.}/demo.mp4"
+    "$python" -m minidit generate "a red circle moves left to right" --output "${OUT:-.}/demo.png"
 }
-step() {
-    "$python" -m benchmarks.step --preset wan2.1-t2v-1.3b --size 832x480 --num-frames 81
-    "$python" -m benchmarks.step --preset wan2.1-t2v-14b --size 832x480 --num-frames 81 --runs 3
+kernels() { bench kernels; }
+tune() { bench kernels --tune --shape wan-14b-480p --op pca_attention qk_norm_rope; }
+step_1b() { bench step --preset wan2.1-t2v-1.3b --size 832x480 --num-frames 81 --runs 10 --compile; }
+step_14b() { bench step --preset wan2.1-t2v-14b --size 832x480 --num-frames 81 --runs 2 --compile; } # ten ways
+compile() {
+    for cache in none mixcache:eff unicp; do
+        bench end_to_end --cache "$cache" --dtype fp32 --compile
+    done
 }
-hunyuan() {
-    "$python" -m benchmarks.step --preset hunyuan-video --size 960x544 --num-frames 129 --runs 3
+memory() {
+    bench memory --model demo
+    bench memory --model wan2.1-t2v-14b --size 832x480
 }
-train() {
-    "$python" -m benchmarks.demo_model.train --out "${OUT:-.}/demo_model" --device cuda
+profile() {
+    bench profile_step --preset wan2.1-t2v-14b --size 832x480
+    bench profile_step --preset wan2.1-t2v-14b --size 832x480 --compile
 }
+mixcache() { bench end_to_end --preset wan2.1-t2v-14b --size 832x480 --steps 8 --runs 1; }
+hunyuan() { bench step --preset hunyuan-video --size 960x544 --num-frames 129 --runs 3; }
+cogvideox() { bench step --preset cogvideox-5b --runs 10 --compile; }
+axes() { # attention within frames and over time
+    bench step --preset open-sora-1.2 --size 848x480 --num-frames 51 --runs 10 --compile
+    bench step --preset latte-1 --runs 10 --compile
+}
+train() { "$python" -m benchmarks.demo_model.train --out "${OUT:-.}/demo_model" --device cuda; }
 
-case "${1:-all}" in
-    smoke | step | hunyuan | train) "$1" ;;
-    all) smoke && step && hunyuan && train ;;
-    *) echo "usage: benchmarks/gpu.sh [smoke|step|hunyuan|train]" >&2 && exit 2 ;;
-esac
+steps="wheels tests kernels tune step_1b step_14b compile memory profile mixcache hunyuan cogvideox axes train"
+[[ ${1:-} == all ]] && set -- $steps
+for step in "${@:-none}"; do
+    if [[ " $steps " != *" $step "* ]]; then
+        echo "usage: benchmarks/gpu.sh [all|${steps// /|}]..." >&2
+        exit 2
+    fi
+done
+for step in "$@"; do "$step"; done

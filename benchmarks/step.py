@@ -1,163 +1,185 @@
-"""How long is one guided denoising step at a real size, and how near is it to what the card can do?
+"""How long is one guided denoising step, against diffusers on the same weights, and what the device can do?
 
-Random weights in a release's shape. The model's output at a small size is first compared with the same
-weights in fp32; then one branch of a step is timed, beside a large matrix product in the same run.
+minidit and diffusers predict the same step from the same weights, latents and text, with the same threads, in
+turns; first their outputs are compared. diffusers runs branch by branch, as its Wan pipeline does, and as one
+batch, and the better of the two is the baseline. minidit's text keys and values are computed before, once per
+generation, which is exact; diffusers computes them at every step. The solver, which touches a few MB, is left
+out on both sides.
 
-    python -m benchmarks.step --preset wan2.1-t2v-1.3b --size 832x480 --num-frames 81 [--device cpu --depth 2]
+    python -m benchmarks.step --device cpu                       # the embedded model, in fp32 and in bf16
+    python -m benchmarks.step --preset wan2.1-t2v-14b --size 832x480 [--compile] [--depth 2]
 """
 
 import argparse
-import statistics
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import machine, write_results
-from minidit.families import find_family
-from minidit.generate import find_class
-from minidit.presets import HunyuanVideoConfig, find_preset
-from minidit.settings import DTYPES
-from minidit.weights import is_fp32
+from benchmarks.common import busy, command_line, machine, write_results
+from benchmarks.library import compile_blocks, make_library, why_not
+from benchmarks.models import Subject, find_subject
+from benchmarks.timing import Times, alternate, matmul_ceiling
+from minidit.__main__ import size as parse_size
+from minidit.compiled import CompiledBlock
+from minidit.presets import PRESETS
+from minidit.settings import BATCHED_TOKENS, DTYPES
 
-TOLERANCE = 0.05  # relative, of bf16 products through every block
-
-
-def random_model(config, class_name: str, device: str, dtype: torch.dtype):
-    """A transformer with random weights of sensible size, in the dtypes it would be loaded in."""
-    with torch.device("meta"):
-        model = find_class(class_name)(config)
-    model = model.to_empty(device=device).requires_grad_(False).eval()
-    draw = torch.Generator(device).manual_seed(0)
-    for name, p in model.named_parameters():
-        fan_in = p.shape[-1] if p.ndim > 1 else 1
-        bound = (3 / fan_in) ** 0.5 if p.ndim > 1 else 0.1
-        value = torch.empty(p.shape, device=device).uniform_(-bound, bound, generator=draw)
-        is_gain = p.ndim == 1 and name.endswith("weight")
-        p.data = (1 + value if is_gain else value).to(
-            torch.float32 if is_fp32(name, model.keep_fp32) else dtype
-        )
-    return model
+# Relative L2 of guided outputs, whose difference of two branches guidance multiplies: order of sums in fp32
+# (measured 2e-6), in bf16 and fp16 rounding of h and of modulation, which diffusers does at other places
+TOLERANCES = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
+BACKENDS = (  # in this order of preference, where torch's own takes an older one
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+Runs = dict[str, Callable[[], Tensor]]
 
 
-def wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def our_runs(subject: Subject, compiled: bool) -> Runs:
+    """Ways to run the step: as generate chooses, and batched and sequential where both are sensible."""
+    forward = subject.forward()
+    runs = {"minidit": partial(subject.step, forward)}
+    if compiled:
+        runs["minidit, compiled"] = partial(subject.step, replace(forward, block_fn=CompiledBlock()))
+    return runs
 
 
-def seconds(run, device: str, n: int) -> list[float]:
-    """Seconds of n runs after one to warm up."""
-    run()
-    times = []
-    for _ in range(n):
-        wait(device)
-        started = time.perf_counter()
-        run()
-        wait(device)
-        times.append(time.perf_counter() - started)
-    return times
+def their_runs(subject: Subject, dtype: torch.dtype, compiled: bool) -> Runs:
+    """diffusers' ways; on a GPU also with cuDNN's attention first, which torch does not prefer by itself."""
+    kinds = {"diffusers": make_library(subject, dtype)}
+    if compiled:
+        kinds["diffusers, compiled"] = make_library(subject, dtype)
+        compile_blocks(kinds["diffusers, compiled"].module)
+    ways = {"": False}
+    if len(subject.branches) > 1 and (subject.tokens <= BATCHED_TOKENS or subject.name != "demo"):
+        ways[", batched"] = True
+    runs = {
+        name + way: partial(library.step, subject, is_batched=is_batched)
+        for name, library in kinds.items()
+        for way, is_batched in ways.items()
+    }
+    if subject.device.startswith("cuda"):
+        runs["diffusers, cudnn first"] = partial(with_cudnn, runs["diffusers"])
+    return runs
 
 
-def matmul_ceiling(device: str, dtype: torch.dtype, n: int) -> float:
-    """FLOP/s of an n x n product of random numbers."""
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / statistics.median(seconds(lambda: a @ b, device, 10))
+def with_cudnn(run: Callable[[], Tensor]) -> Tensor:
+    with sdpa_kernel(list(BACKENDS), set_priority=True):
+        return run()
 
 
-def forward_of(model, latent: tuple[int, ...], device: str):
-    """A call that predicts one branch of random latents."""
-    draw, config = torch.Generator(device).manual_seed(1), model.config
-    normal = lambda *shape: torch.randn(*shape, device=device, generator=draw)
-    x = normal(1, *latent)
-    if isinstance(config, HunyuanVideoConfig):
-        text = normal(config.text_len, config.text_width), normal(config.pooled_width)
-        context = model.prepare([text], latent[1:], guidance=4.0)  # 4000 is a number in bf16 too
-    else:
-        context = model.prepare([normal(60, config.text_width)], latent[1:])
-    return lambda: model(x, torch.full((1,), 700.0, device=device), context)
-
-
-def check(model, exact, channels: int, device: str) -> float:
-    """Relative error of the timed model against fp32 on the same weights, at a small size."""
-    latent = (channels, 3, 8, 8)
-    got, want = (forward_of(m, latent, device)() for m in (model, exact))
+def distance(got: Tensor, want: Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
 
 
-def with_depth(config, depth: int):
-    """The config with that many blocks, of HunyuanVideo's two kinds in its own proportion."""
-    if isinstance(config, HunyuanVideoConfig):
-        double = max(1, round(depth * config.double / config.depth))
-        return replace(config, double=double, single=depth - double)
-    return replace(config, depth=depth)
+def compare(runs: Runs, tolerance: float) -> dict[str, float]:
+    """Relative L2 of every output from the first one's; raises where one is too far. Warms all of them up."""
+    outputs = {name: run() for name, run in runs.items()}
+    want = next(iter(outputs.values()))
+    distances = {name: distance(out, want) for name, out in outputs.items()}
+    for name, d in distances.items():
+        if not d < tolerance:
+            raise SystemExit(f"{name} differs by {d:.2e}, wanted below {tolerance}; nothing was timed")
+    return distances
+
+
+def measure(subject: Subject, dtype: str, n: int, compiled: bool, ceiling: float) -> list[dict[str, Any]]:
+    """One row per way to run the step."""
+    runs = our_runs(subject, compiled)
+    lacking = why_not(subject)
+    runs |= {} if lacking else their_runs(subject, DTYPES[dtype], compiled)
+    distances = compare(runs, TOLERANCES[dtype])
+    times = alternate(runs, subject.device, n)
+    about = {"model": subject.name, "video": "x".join(map(str, subject.video)), "dtype": dtype, "n": n}
+    rows = [
+        about | {"way": name} | numbers(t, subject.macs, ceiling) | {"rel_l2": round(distances[name], 7)}
+        for name, t in times.items()
+    ]
+    return rows + ([about | {"way": "diffusers", "missing": lacking}] if lacking else [])
+
+
+def numbers(times: Times, macs: int, ceiling: float) -> dict[str, float]:
+    """Seconds, and what they are worth: multiply-adds of the blocks, twice, over the matmul ceiling."""
+    flops = 2 * macs / times.median
+    return {
+        "step_s": round(times.median, 5),
+        "spread_s": round(times.spread, 5),
+        "best_s": round(times.best, 5),
+        "tflops": round(flops / 1e12, 3),
+        "matmul_tflops": round(ceiling / 1e12, 3),
+        "share_of_matmul": round(flops / ceiling, 3),
+    }
+
+
+def say(row: dict[str, Any]) -> str:
+    if "missing" in row:
+        return f"{row['model']} {row['dtype']} · {row['way']}: {row['missing']}"
+    return (
+        f"{row['model']} {row['video']} {row['dtype']} · {row['way']}: {row['step_s']:.4g} s per guided step "
+        f"± {row['spread_s']:.2g} (n={row['n']}, best {row['best_s']:.4g}) · {row['tflops']:.3g} TFLOP/s, "
+        f"{row['share_of_matmul']:.0%} of a matrix product · rel L2 {row['rel_l2']:.1e}"
+    )
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """How many times as fast as diffusers' best way: eager against eager, compiled against compiled."""
+    found = []
+    for kind in ("", ", compiled"):
+        ours = [r for r in rows if r["way"] == f"minidit{kind}"]
+        theirs = [
+            r
+            for r in rows
+            if r["way"].startswith("diffusers")
+            and "missing" not in r
+            and (", compiled" in r["way"]) == bool(kind)
+        ]
+        if ours and theirs:
+            best = min(theirs, key=lambda r: r["step_s"])
+            ratio = best["step_s"] / ours[0]["step_s"]
+            by_best = min(r["best_s"] for r in theirs) / ours[0]["best_s"]
+            found.append(
+                f"{best['dtype']}: minidit{kind} is {ratio:.2f} times as fast as {best['way']} (medians; "
+                f"{by_best:.2f} by the best runs)"
+            )
+    return found
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="wan2.1-t2v-1.3b")
-    parser.add_argument("--size", default="832x480")
-    parser.add_argument("--num-frames", type=int, default=81)
+    parser.add_argument("--preset", choices=["demo", *PRESETS], default="demo")
+    parser.add_argument("--size", type=parse_size, default=(None, None), help="WxH; the release's own")
+    parser.add_argument("--num-frames", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--dtype", choices=DTYPES, help="demo on a CPU: fp32, then bf16; else bf16")
     parser.add_argument("--depth", type=int, help="fewer blocks, for a quick look")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--matmul", type=int, default=8192, help="side of the product that sets the ceiling")
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU (1)")
+    parser.add_argument("--compile", action="store_true", help="both compiled too")
     args = parser.parse_args()
-    preset, dtype = find_preset(args.preset), DTYPES[args.dtype]
-    class_name, config = preset.components["transformer"]
-    config = with_depth(config, args.depth or config.depth)
-    family = find_family(preset.family, {"transformer": config, "vae": preset.components["vae"][1]})
-    width, height = map(int, args.size.split("x"))
-    latent = family.latent_shape(width, height, args.num_frames)
-
-    shallow = with_depth(config, 2)
-    model = random_model(shallow, class_name, args.device, dtype)
-    exact = random_model(shallow, class_name, args.device, dtype).float()
-    error = check(model, exact, latent[0], args.device)
-    if not error < TOLERANCE:
-        sys.exit(
-            f"{args.dtype} differs from fp32 by {error:.3f}, wanted below {TOLERANCE}; nothing was timed"
-        )
-    del model, exact
-    model = random_model(config, class_name, args.device, dtype)
-    run: Tensor = forward_of(model, latent, args.device)
-    times = seconds(run, args.device, args.runs)
-    ceiling = matmul_ceiling(args.device, dtype, args.matmul)
-    flops = 2 * sum(model.macs(latent[1:], family.text_len).values())
-    median, d = statistics.median(times), preset.defaults
-    branches = len(family.branches(d.true_cfg or d.guidance_scale))
-    peak = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else None
-    row = {
-        "preset": args.preset,
-        "size": f"{args.size}x{args.num_frames}",
-        "depth": config.depth,
-        "dtype": args.dtype,
-        "forward_s": round(median, 4),
-        "spread_s": round(max(times) - min(times), 4),
-        "guided_step_s": round(branches * median, 4),
-        "tflops": round(flops / median / 1e12, 2),
-        "matmul_tflops": round(ceiling / 1e12, 2),
-        "share_of_matmul": round(flops / median / ceiling, 3),
-        "error_vs_fp32": round(error, 5),
-        "peak_gib": peak and round(peak, 2),
-    }
+    torch.set_num_threads(args.threads)
+    on_cpu = args.device == "cpu"
+    dtypes = [args.dtype] if args.dtype else (["fp32", "bf16"] if on_cpu else ["bf16"])
+    rows, summary = [], []
+    for dtype in dtypes:
+        ceiling = matmul_ceiling(args.device, DTYPES[dtype])
+        subject = find_subject(args.preset, (*args.size, args.num_frames), args.device, dtype, args.depth)
+        found = measure(subject, dtype, args.runs, args.compile, ceiling)
+        rows += found
+        summary += ratios(found)
+        print("\n".join(say(row) for row in found), flush=True)
     about = machine()
-    print(
-        f"{row['preset']} {row['size']} {row['dtype']} depth {row['depth']} · "
-        f"{row['forward_s']} s per forward ± {row['spread_s']} (n={args.runs}), "
-        f"{row['guided_step_s']} s per guided step · {row['tflops']} TFLOP/s "
-        f"({row['share_of_matmul']:.0%} of the measured matrix product) · "
-        f"rel L2 {row['error_vs_fp32']} · {about['card']}, torch {about['torch']}"
-    )
-    write_results(
-        f"step-{args.preset}-{args.device.split(':')[0]}",
-        f"python -m benchmarks.step {' '.join(sys.argv[1:])}",
-        [row],
-    )
+    print("\n".join(summary) + f"\n{about['card']}, torch {about['torch']}. {busy()}")
+    path = write_results(f"step-{args.preset}", command_line("step"), rows, args.device)
+    print(path)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

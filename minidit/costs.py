@@ -1,18 +1,25 @@
-"""What a model costs before it is run: parameters, multiply-adds, memory by stage."""
+"""What a video costs before it is run: parameters, multiply-adds, memory by stage."""
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from minidit.families import find_family
-from minidit.generate import DEMO, build, part_dtype
-from minidit.presets import Defaults, find_preset
-from minidit.settings import DTYPES
-from minidit.weights import is_fp32, read_manifest
-
-GIB = 2**30
+from minidit.cache.plan import Policy
+from minidit.cache.spec import METHODS, make_policy, parse
+from minidit.cache.store import ring_bytes, ring_shapes
+from minidit.families import Family, find_family
+from minidit.generate import DEMO, Engine, build, part_dtype
+from minidit.memory import GIB, HEAP, Stage
+from minidit.offload import SLOTS
+from minidit.presets import Defaults, HunyuanVideoConfig, OpenSoraConfig, ScheduleConfig, find_preset
+from minidit.quantize import QuantLinear, quantize_blocks
+from minidit.sampling import Forward, run_info, site_shapes
+from minidit.settings import BATCHED_TOKENS, DTYPES, Choices, Settings
+from minidit.weights import Manifest, is_fp32, read_manifest
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,13 @@ class Parts:
 
     family: str
     components: dict[str, tuple[str, Any]]
+    schedule: ScheduleConfig
     defaults: Defaults
+    preset: str  # "" for none
+
+    def find_family(self) -> Family:
+        configs = {name: config for name, (_, config) in self.components.items()}
+        return find_family(self.family, configs, self.schedule)
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,7 @@ class Costs:
     macs: int  # per forward and branch
     macs_by_sub: dict[str, int]
     weight_bytes: dict[str, int]  # by component
+    block_bytes: tuple[int, ...]  # of the transformer's weights, block by block
     activation_bytes: dict[str, int]  # by component, estimated; text encoders need next to nothing
 
 
@@ -45,62 +59,211 @@ def find_parts(model: str) -> Parts:
         missing = [name for name in ("transformer", "vae") if name not in manifest.components]
         if missing:
             raise ValueError(f"{folder} has no {', '.join(missing)}; convert the whole release")
-        parts = {n: (p.class_name, p.config) for n, p in manifest.components.items() if p.config is not None}
-        return Parts(manifest.family, parts, manifest.defaults)
+        return parts_of(manifest)
     preset = find_preset(model)
-    return Parts(preset.family, preset.components, preset.defaults)
+    return Parts(preset.family, preset.components, preset.schedule, preset.defaults, model)
 
 
-def measure(parts: Parts, size: tuple[int, int, int], dtype: str) -> Costs:
-    """Costs of a video of size (width, height, frames) with weights in dtype."""
-    family = find_family(parts.family, {name: config for name, (_, config) in parts.components.items()})
+def parts_of(manifest: Manifest) -> Parts:
+    """The parts of a model folder."""
+    parts = {n: (p.class_name, p.config) for n, p in manifest.components.items() if p.config is not None}
+    return Parts(manifest.family, parts, manifest.schedule, manifest.defaults, manifest.preset or "")
+
+
+def measure(
+    parts: Parts, size: tuple[int, int, int], dtype: str, weights: str = "full", rows: int = 1
+) -> Costs:
+    """Costs of a video of size (width, height, frames) in dtype.
+
+    weights: of the transformer's blocks · rows: guidance branches that run as one batch
+    """
+    family = parts.find_family()
     latent = family.latent_shape(*size)
     tokens, run = family.tokens(latent), DTYPES[dtype]
     built = {name: build(*part) for name, part in parts.components.items()}
+    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in built.items()}
     macs = built["transformer"].macs(latent[1:], family.text_len)
     by_sub: dict[str, int] = {}
-    for (_, sub), count in macs.items():
-        by_sub[sub] = by_sub.get(sub, 0) + count
-    weights = {name: weight_bytes(m, part_dtype(parts.components[name][0], run)) for name, m in built.items()}
+    for (_, sub), n in macs.items():
+        by_sub[sub] = by_sub.get(sub, 0) + n
+    if weights != "full":
+        quantize_blocks(built["transformer"], weights)
+    types = {name: part_dtype(class_name, run) for name, (class_name, _) in parts.components.items()}
+    held = {name: weight_bytes(m, types[name], m.keep_fp32) for name, m in built.items()}
+    model = built["transformer"]
+    blocks = tuple(weight_bytes(block, types["transformer"], model.keep_fp32) for block in model.blocks)
     activations = {
-        "transformer": built["transformer"].activation_bytes(tokens, run.itemsize),
+        "transformer": model.activation_bytes(rows * tokens, run.itemsize) + dequantised_bytes(model, run),
         "vae": built["vae"].activation_bytes(*size),
     }
-    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in built.items()}
-    return Costs(size, tokens, parameters, sum(macs.values()), by_sub, weights, activations)
+    return Costs(size, tokens, parameters, sum(macs.values()), by_sub, held, blocks, activations)
 
 
-def weight_bytes(module: nn.Module, dtype: Any) -> int:
-    sizes = ((4 if is_fp32(n, module.keep_fp32) else dtype.itemsize, p) for n, p in module.named_parameters())
-    return sum(item * p.numel() for item, p in sizes)
+def weight_bytes(module: nn.Module, run: torch.dtype, keep_fp32: Collection[str]) -> int:
+    """Bytes of a module's tensors as they are loaded; what is quantised has a dtype of its own already."""
+
+    def item(name: str, tensor: Tensor) -> int:
+        if tensor.dtype != torch.float32:
+            return tensor.itemsize
+        return 4 if is_fp32(name, keep_fp32) else run.itemsize
+
+    return sum(item(name, tensor) * tensor.numel() for name, tensor in module.state_dict().items())
 
 
-def report(model: str, size: tuple[int | None, int | None, int | None], dtype: str) -> str:
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of a video, from which follows every way of holding its components."""
+
+    device: str
+    costs: Costs
+    cache: int  # bytes
+
+    def stages(self, offload: str, stays: Sequence[str] = ()) -> list[Stage]:
+        """offload: none, parts or blocks · stays: components that are never let go"""
+        weights, blocks = self.costs.weight_bytes, self.costs.block_bytes
+        text = sum(size for name, size in weights.items() if name.startswith("text_encoder"))
+        below = sum(weights[name] for name in stays)
+        transformer, host = weights["transformer"], 0
+        if offload == "blocks":
+            transformer += SLOTS * max(blocks)
+            if self.device != "cpu":
+                transformer, host = transformer - sum(blocks), sum(blocks)
+        vae = sum(size for name, size in weights.items() if name.startswith("vae"))
+        left = transformer if offload == "none" else 0
+        heap = HEAP if self.device == "cpu" else 1
+        denoise, decode = (int(heap * self.costs.activation_bytes[name]) for name in ("transformer", "vae"))
+        return [
+            Stage("text", text, 0),
+            Stage("denoise", below + transformer, denoise, self.cache, host),
+            Stage("decode", below + left + vae, decode),
+        ]
+
+
+def footprint(parts: Parts, settings: Settings, cache: int = 0) -> Footprint:
+    """What a video takes of memory. cache: bytes that its caching method keeps, from cache_bytes()"""
+    size = settings.width, settings.height, settings.num_frames
+    rows = len(parts.find_family().branches(settings.cfg_scale)) if settings.batched_guidance else 1
+    return Footprint(settings.device, measure(parts, size, settings.dtype, settings.weights, rows), cache)
+
+
+def cache_bytes(parts: Parts, settings: Settings, policy: Policy, constants: Mapping[Any, Tensor]) -> int:
+    """What a caching method keeps: its rings, found on the meta device, and the tensors of its profile."""
+    family, model = parts.find_family(), build(*parts.components["transformer"])
+    model.to(DTYPES[settings.dtype])
+    branches = family.branches(settings.cfg_scale)
+    latent = family.latent_shape(settings.width, settings.height, settings.num_frames)
+    with torch.inference_mode(), torch.device("meta"):
+        text, noise = longest_text(model.config, family.text_len, len(branches)), torch.empty(1, *latent)
+        context = family.prepare(model, text, settings)
+        forward = Forward(model, context, settings.batched_guidance, video_tokens=family.tokens(latent))
+        shape_of = site_shapes(forward, noise)
+    steps = family.schedule(settings).steps(settings.cfg_scale)
+    needs = policy.reset(run_info(forward, steps, parts.family, parts.preset))
+    rings = ring_bytes(ring_shapes(needs, branches, shape_of))
+    return rings + sum(t.numel() * DTYPES[settings.dtype].itemsize for t in constants.values())
+
+
+def dequantised_bytes(model: nn.Module, run: torch.dtype) -> int:
+    """Of the largest matrix made anew for a product: as it is read, and scaled."""
+    sizes = [m.quantized.numel() for m in model.modules() if isinstance(m, QuantLinear) and not m.is_dynamic]
+    return 2 * run.itemsize * max(sizes, default=0)
+
+
+def longest_text(config: Any, rows: int, branches: int) -> list[Any]:
+    """What a family's encoder gives of text as long as it may be, for that many branches."""
+    states = [torch.empty(rows, config.text_width) for _ in range(branches)]
+    if isinstance(config, HunyuanVideoConfig):
+        return [(each, torch.empty(config.pooled_width)) for each in states]
+    if isinstance(config, OpenSoraConfig):
+        return [states[0], *(None for _ in states[1:])]  # which has learned the other
+    return states
+
+
+def settings_of(parts: Parts, model: str, given: Mapping[str, Any]) -> Settings:
+    """The settings of a video that nobody has asked for yet: a release's own, but for what is given."""
+    schedule = parts.schedule
+    values = {f.name: f.default for f in fields(Choices)} | asdict(parts.defaults)
+    values |= {"flow_shift": schedule.shift, "solver": schedule.solver, "sigma_grid": schedule.sigma_grid}
+    values |= {"dynamic_cfg": schedule.dynamic_guidance, "residual": given["dtype"]}
+    values |= {name: value for name, value in given.items() if value is not None}
+    family = parts.find_family()
+    tokens = family.tokens(family.latent_shape(values["width"], values["height"], values["num_frames"]))
+    return Settings(prompt="", batched_guidance=tokens <= BATCHED_TOKENS, model=model, model_id="", **values)
+
+
+def report(
+    model: str,
+    size: tuple[int | None, int | None, int | None],
+    dtype: str,
+    *,
+    device: str = "cuda",
+    weights: str = "full",
+    offload: str = "none",
+    cache: str = "none",
+) -> str:
     """The costs of one video as a table to read.
 
     model: a preset, a model folder or "demo" · size: (width, height, frames), None where the default is meant
+    device: cuda or cpu, whether there is one or not
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    parts = find_parts(model)
-    default = (parts.defaults.width, parts.defaults.height, parts.defaults.num_frames)
-    costs = measure(parts, tuple(given or d for given, d in zip(size, default, strict=True)), dtype)
+    parts, (width, height, frames) = find_parts(model), size
+    given = dict(
+        width=width,
+        height=height,
+        num_frames=frames,
+        dtype=dtype,
+        device=device,
+        weights=weights,
+        cache=cache,
+    )
+    settings = settings_of(parts, model, given)
+    kept = cache_bytes(parts, settings, *find_policy(model, settings)) if cache != "none" else 0
+    found = footprint(parts, settings, kept)
+    costs = found.costs
     c, d = parts.components["transformer"][1], parts.defaults
     forwards, kind = (1, "") if (d.true_cfg or d.guidance_scale) == 1 else (2, "guided ")
     lines = [
-        f"{model}: {costs.size[0]}x{costs.size[1]}, {costs.size[2]} frames, {dtype}",
+        f"{model}: {costs.size[0]}x{costs.size[1]}, {costs.size[2]} frames, {dtype}, {weights} weights",
         f"  transformer  {c.depth} blocks, width {c.width}, {c.heads} heads x {c.width // c.heads}, "
         f"{costs.tokens} video tokens",
         "  parameters   " + ", ".join(f"{name} {count(n)}" for name, n in costs.parameters.items()),
         f"  per forward and branch: {costs.macs / 1e12:.4g} TMAC ("
         + ", ".join(f"{sub} {n / costs.macs:.0%}" for sub, n in costs.macs_by_sub.items())
         + f"); {d.steps} {kind}steps: {forwards * d.steps * costs.macs / 1e15:.4g} PMAC",
-        "  memory by stage, one component loaded at a time (activations are estimates):",
+        "  weights      " + ", ".join(f"{name} {n / GIB:.2f} GiB" for name, n in costs.weight_bytes.items()),
+        f"  memory by stage on {device}, offload {offload}, cache {cache} (activations are estimates):",
     ]
-    for name, weights in costs.weight_bytes.items():
-        extra = costs.activation_bytes.get(name, 0)
-        lines.append(f"    {name:<13}{weights / GIB:8.2f} GiB weights  {extra / GIB:8.2f} GiB activations")
-    return "\n".join(lines)
+    return "\n".join(lines + [stage_line(stage) for stage in found.stages(offload)])
+
+
+def smaller_caches(engine: Engine, settings: Settings, budget: int) -> list[tuple[int, str]]:
+    """(bytes, spec) of the caching methods within a budget that can act on a video, the largest first."""
+    found = []
+    for name, method in METHODS.items():
+        for spec in (name, *(f"{name}:{variant}" for variant in getattr(method.load(), "variants", {}))):
+            try:
+                size = engine.cache_bytes(replace(settings, cache=spec))
+            except ValueError:  # it cannot act here, or wants a profile: no advice
+                continue
+            found += [(size, spec)] if 0 < size <= budget else []
+    return sorted(found, reverse=True)
+
+
+def find_policy(model: str, settings: Settings) -> tuple[Policy, Mapping[Any, Tensor]]:
+    """The caching method of a video, with the profile that lies in the model's folder."""
+    if Path(model).is_dir() or model == "demo":
+        engine = Engine(model, device="cpu", dtype=settings.dtype)
+        return engine.policy(replace(settings, model_id=engine.model_id))
+    return make_policy(parse(settings.cache), lambda method: None), {}
+
+
+def stage_line(stage: Stage) -> str:
+    parts = f"{stage.weights / GIB:.2f} weights + {stage.activations / GIB:.2f} activations"
+    parts += f" + {stage.cache / GIB:.2f} cache" if stage.cache else ""
+    host = f", and {stage.host / GIB:.2f} GiB in CPU memory" if stage.host else ""
+    return f"    {stage.name:<8}{stage.total / GIB:8.2f} GiB = {parts}{host}"
 
 
 def count(n: int) -> str:

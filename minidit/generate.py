@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -20,10 +22,25 @@ from tqdm import tqdm
 from minidit.cache.loop import Probe
 from minidit.cache.plan import Policy, RunInfo
 from minidit.cache.policies.replay import Replay
-from minidit.cache.spec import make_policy, parse
+from minidit.cache.spec import fewer_steps, make_policy, parse
 from minidit.cache.trace import make_trace
+from minidit.checkpoint import Checkpoint
+from minidit.compiled import CompiledBlock
 from minidit.families import find_family
-from minidit.profiles import find_profile
+from minidit.memory import Peaks, Stage, check_offload, choose_offload
+from minidit.offload import OffloadedBlocks
+from minidit.parallel import (
+    Agreed,
+    Layout,
+    World,
+    add_critical,
+    check_levels,
+    choose_layout,
+    largest_share,
+    make_part,
+)
+from minidit.profiles import blamed_on, find_profile
+from minidit.quantize import check_weights, quantize_blocks, quantized
 from minidit.sampling import Forward, Outcome, Record, denoise, noise_source
 from minidit.schedules import MaskedSchedule
 from minidit.settings import (
@@ -32,12 +49,15 @@ from minidit.settings import (
     Choices,
     Settings,
     check_settings,
+    check_types,
     pick_device,
     pick_dtype,
     profile_match,
 )
+from minidit.tensor_files import open_tensors
+from minidit.text.states import TextCache, hash_of, numerics, source_hash
 from minidit.video import to_frames, whole_file, write_video
-from minidit.weights import Component, load_into, read_manifest
+from minidit.weights import Component, fill, read_manifest, read_tensors
 
 DEMO = Path(__file__).parent / "demo"
 CLASSES = {  # class of a component -> the file that has it
@@ -78,7 +98,13 @@ class Engine:
     """A model folder, its components loaded when they are first needed.
 
     The text encoder is let go again after encoding, unless keep_text_encoder is set: on one GPU it would take
-    the transformer's place. profiles: a folder of caching profiles in place of the model's own.
+    the transformer's place. profiles: a folder of caching profiles in place of the model's own. text_cache: a
+    folder that keeps the text states of prompts (text/states.py); None keeps none. compile: the transformer's
+    blocks are compiled, once per distinct row of what a method does inside them (compiled.py). world: the
+    ranks that make every video together; each has an engine, and is asked for the same videos. weights: of
+    the transformer's blocks, full, int8, fp8 or fp8-dynamic (quantize.py). offload: none, parts (the
+    transformer is let go before decoding), blocks (they visit the device in their turn, offload.py) or auto,
+    what fit() finds to fit. cache_budget: the most bytes that a caching method may keep.
     """
 
     def __init__(
@@ -90,7 +116,18 @@ class Engine:
         verify: bool = False,
         keep_text_encoder: bool = False,
         profiles: str | Path | None = None,
+        text_cache: str | Path | None = None,
+        compile: bool = False,
+        world: World | None = None,
+        weights: str = "full",
+        offload: str = "auto",
+        cache_budget: int | None = None,
     ):
+        check_weights(weights)
+        check_offload(offload)
+        self.weights, self.cache_budget = weights, cache_budget
+        self.offload, self.held = offload, "none" if offload == "auto" else offload
+        self.world = world
         self.name = str(model)
         self.folder = DEMO if self.name == "demo" else Path(model)
         self.manifest = read_manifest(self.folder, verify=verify)
@@ -99,8 +136,12 @@ class Engine:
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.keep_text_encoder = keep_text_encoder
+        self.block_fn = CompiledBlock() if compile else None
+        self.text_cache = TextCache(text_cache) if text_cache else None
         self.profile_folders = [Path(profiles)] if profiles else [self.folder / "profiles"]
         self.modules: dict[str, nn.Module] = {}
+        self.peaks = Peaks(self.device)
+        self.stages: list[Stage] = []  # as fit() has predicted them
 
     def generate(
         self,
@@ -131,11 +172,13 @@ class Engine:
             flow_shift, solver, sigma_grid, fps, cache, attention, residual, true_cfg, dynamic_cfg, tiled,
         )  # fmt: skip
         settings = self.resolve(prompt, choices)
-        watch = Stopwatch()
+        self.fit(settings)
+        watch = Stopwatch(self.peaks)
         with watch.stage("text"):
             text = self.encode(settings)
         with watch.stage("denoise"):
             outcome = self.denoise(settings, text, progress=progress)
+        self.make_room()
         with watch.stage("decode"):
             frames = self.decode(outcome.latents, tiled=settings.tiled)
         return Video(frames, outcome.latents.cpu(), settings, self.trace(settings, outcome), watch.seconds)
@@ -143,6 +186,7 @@ class Engine:
     def resolve(self, prompt: str, choices: Choices) -> Settings:
         """Fill in the model's defaults and refuse what cannot be made, before anything is loaded."""
         given = {f.name: value for f in fields(Choices) if (value := getattr(choices, f.name)) is not None}
+        check_types(given | {"prompt": prompt})
         schedule = self.manifest.schedule
         wanted = asdict(self.manifest.defaults) | {
             "flow_shift": schedule.shift,
@@ -160,6 +204,8 @@ class Engine:
             raise ValueError(f"true_cfg={values['true_cfg']}: {then}")
         if values["dynamic_cfg"] and schedule.betas != "zero-snr":
             raise ValueError("dynamic_cfg is of CogVideoX; other models have one guidance for all steps")
+        if (fewer := fewer_steps(values["cache"], values["steps"])) is not None:
+            values |= {"steps": fewer, "cache": "none"}  # no method: the rival that every method has to beat
         self.check_tiled(values["tiled"])
         latent = self.family.latent_shape(values["width"], values["height"], values["num_frames"])
         settings = Settings(
@@ -170,10 +216,44 @@ class Engine:
             device=self.device,
             model=self.name,
             model_id=self.model_id,
+            compile=self.block_fn is not None,
+            weights=self.weights,
         )
         check_settings(settings)
         self.check_cache(settings)
         return settings
+
+    def over_budget(self, settings: Settings, needed: int) -> str:
+        """What to say of a caching method that keeps too much: the largest one that does not."""
+        from minidit import costs
+
+        smaller = costs.smaller_caches(self, settings, self.cache_budget)
+        mib = lambda size: f"{size / 2**20:.1f} MiB"
+        hint = f"{smaller[0][1]} keeps {mib(smaller[0][0])}" if smaller else "no other method keeps less"
+        budget = mib(self.cache_budget)
+        return f"cache {settings.cache} keeps {mib(needed)}, and the budget is {budget}; {hint}"
+
+    def cache_bytes(self, settings: Settings) -> int:
+        """What the caching method keeps."""
+        from minidit import costs
+
+        return costs.cache_bytes(costs.parts_of(self.manifest), settings, *self.policy(settings))
+
+    def fit(self, settings: Settings) -> None:
+        """Find how this video keeps within free memory, or refuse it, before anything is loaded."""
+        from minidit import costs  # which builds upon this module
+
+        kept = 0
+        if settings.cache != "none" and (self.cache_budget is not None or self.device != "cpu"):
+            kept = self.cache_bytes(settings)  # takes seconds, which a small run on a CPU does not have
+        if kept > (self.cache_budget or math.inf):
+            raise ValueError(self.over_budget(settings, kept))
+        found = costs.footprint(costs.parts_of(self.manifest), settings, kept)
+        stages = partial(found.stages, stays=self.family.encoders if self.keep_text_encoder else ())
+        held, self.stages = choose_offload(stages, self.offload, device=self.device, base=self.peaks.base)
+        if held != self.held and "blocks" in (held, self.held):
+            self.modules.pop("transformer", None)
+        self.held = held
 
     def check_tiled(self, tiled: bool) -> None:
         """Refuse tiles where the autoencoder has none."""
@@ -182,19 +262,48 @@ class Engine:
 
     def check_cache(self, settings: Settings) -> None:
         """Refuse a caching method that cannot act on this run."""
-        policy, _ = self.policy(settings)
         steps = self.family.schedule(settings).steps(settings.cfg_scale)
         subs = find_class(self.part("transformer").class_name).subs
         branches = self.family.branches(settings.cfg_scale)
-        policy.reset(RunInfo(steps, self.family.depth, subs, branches, self.manifest.family))
+        preset, tokens = self.manifest.preset or "", self.family.tokens(self.latent_shape(settings))
+        family = self.manifest.family
+        run = RunInfo(steps, self.family.depth, subs, branches, family, (), preset, tokens)
+        if (layout := self.layout(settings)) is not None:
+            run = replace(run, token_ranks=layout.ulysses, cfg_ranks=layout.cfg)
+        used: list[Path] = []
+        with blamed_on(used):
+            self.policy(settings, used)[0].reset(run)
 
-    def policy(self, settings: Settings) -> tuple[Policy, dict[tuple[int, str], Tensor]]:
-        """The caching method of a run and the tensors of its profiles."""
+    def layout(self, settings: Settings) -> Layout | None:
+        """How ranks share this video, refused where they cannot; None where one rank makes it."""
+        if self.world is None:
+            return None
+        branches, heads = self.family.branches(settings.cfg_scale), self.part("transformer").config.heads
+        places = self.tokens_of(settings) // self.frames_of(settings)
+        layout = choose_layout(self.world.mode, self.world.size, heads, len(branches), places)
+        check_levels(settings.cache, layout)
+        return layout
+
+    def tokens_of(self, settings: Settings) -> int:
+        """Video tokens per branch."""
+        return self.family.tokens(self.latent_shape(settings))
+
+    def frames_of(self, settings: Settings) -> int:
+        """Frames within which tokens attend to each other; 1 where all of them do."""
+        subs = find_class(self.part("transformer").class_name).subs
+        return self.latent_shape(settings)[1] if "t_attn" in subs else 1
+
+    def policy(
+        self, settings: Settings, used: list[Path] | None = None
+    ) -> tuple[Policy, dict[tuple[int, str], Tensor]]:
+        """The caching method of a run and the tensors of its profiles. used: gains the profiles' files"""
         constants: dict[tuple[int, str], Tensor] = {}
 
         def find(method: str) -> dict | None:
             profile = find_profile(self.profile_folders, method, profile_match(settings))
             constants.update(profile.tensors if profile else {})
+            if profile and used is not None:
+                used.append(profile.path)
             return profile.data if profile else None
 
         policy = make_policy(parse(settings.cache), find)
@@ -220,12 +329,27 @@ class Engine:
     def module(self, component: str) -> nn.Module:
         """A component with its weights on the device, loaded at the first call."""
         if component not in self.modules:
-            part = self.part(component)
-            dtype = part_dtype(part.class_name, DTYPES[self.dtype])
-            module = build(part.class_name, part.config)
-            args = dict(device=self.device, dtype=dtype, keep_fp32=module.keep_fp32)
-            self.modules[component] = load_into(module, self.folder, component, **args)
+            is_offloaded = component == "transformer" and self.held == "blocks"
+            self.modules[component] = self.load(component, is_offloaded=is_offloaded)
         return self.modules[component]
+
+    def load(self, component: str, *, is_offloaded: bool) -> nn.Module:
+        """A component from its files, tensor by tensor; a transformer's blocks quantised on the way, if so.
+
+        is_offloaded: the blocks stay in CPU memory
+        """
+        part = self.part(component)
+        module = build(part.class_name, part.config)
+        dtype, device = part_dtype(part.class_name, DTYPES[self.dtype]), self.device
+        keep_fp32, to = module.keep_fp32, "cpu" if is_offloaded and self.weights == "full" else device
+        tensors = read_tensors(module, self.folder, component, device=to, dtype=dtype, keep_fp32=keep_fp32)
+        if component == "transformer" and self.weights != "full":
+            tensors = quantized(module, tensors, quantize_blocks(module, self.weights))
+        if not is_offloaded:
+            return fill(module, tensors)
+        fill(module, ((n, t.to("cpu" if n.startswith("blocks.") else device)) for n, t in tensors))
+        module.blocks = OffloadedBlocks(module.blocks, device)
+        return module
 
     def encode(self, settings: Settings) -> list[Any]:
         """Text of the prompt and, under guidance, of the negative prompt, as model.prepare takes it."""
@@ -237,11 +361,31 @@ class Engine:
         for settings in runs:
             branches = self.family.branches(settings.cfg_scale)
             prompts = [settings.prompt, settings.negative_prompt][: len(branches)]
-            texts.append(self.family.encode(self, prompts))
+            texts.append(self.encode_prompts(prompts))
         if not self.keep_text_encoder:
             for component in self.family.encoders:
-                del self.modules[component]
+                self.modules.pop(component, None)  # not loaded where all states were found
         return texts
+
+    def encode_prompts(self, prompts: list[str]) -> list[Any]:
+        """The text of one run, from the text cache where it lies there."""
+        if self.text_cache is None:
+            return self.family.encode(self, prompts)
+        key = self.text_key(prompts)
+        if (states := self.text_cache.load(key, self.device)) is None:
+            states = self.family.encode(self, prompts)
+            self.text_cache.save(key, states)
+        return states
+
+    def text_key(self, prompts: list[str]) -> str:
+        """A hash of everything that decides the text states of these prompts."""
+        parts = {
+            name: (part.class_name, repr(part.config), [file.sha256 for file in part.files])
+            for name, part in self.manifest.components.items()
+            if name.startswith(("text_encoder", "tokenizer"))
+        }
+        what = prompts, self.manifest.family, self.family.text_len, parts, self.dtype
+        return hash_of(*what, numerics(self.device), source_hash())
 
     def denoise(
         self,
@@ -252,8 +396,15 @@ class Engine:
         on_step: Callable[[Record, Tensor], None] | None = None,
         probe: Probe | None = None,
         progress: bool = False,
+        start: Checkpoint | None = None,
+        keep: Callable[[Checkpoint], None] | None = None,
+        wants: Callable[[int], bool] | None = None,
     ) -> Outcome:
-        """Noise to latents. text: from encode() · policy: in place of the one that the settings name"""
+        """Noise to latents. text: from encode() · policy: in place of the one that the settings name
+
+        start: a checkpoint to go on with · keep(checkpoint) is called after every step, or where
+        wants(steps done) says so; a checkpoint holds what the next step overwrites
+        """
         forward = replace(self.forward(settings, text), probe=probe)
         draw, schedule = noise_source(settings.seed), self.family.schedule(settings)
         noise = draw((1, *self.latent_shape(settings))).to(self.device)
@@ -261,17 +412,27 @@ class Engine:
             noise, schedule = given.latents, MaskedSchedule(schedule, given.mask)
             forward = replace(forward, context=replace(forward.context, frame_mask=given.mask))
         chosen, constants = self.policy(settings)
+        if start is not None:
+            draw.generator.set_state(start.generator)
+        state = draw.generator.get_state
+        policy = policy or chosen
+        if forward.part is not None:
+            policy = Agreed(policy, forward.part, self.world.checks)
         return denoise(
             forward,
             schedule,
             noise,
-            policy or chosen,
+            policy,
             guidance_scale=settings.cfg_scale,
             family=self.manifest.family,
+            preset=self.manifest.preset or "",
             constants={key: t.to(self.device, DTYPES[self.dtype]) for key, t in constants.items()},
             progress=progress,
             on_step=on_step,
             draw=draw,
+            start=start and start.snapshot,
+            on_state=keep and (lambda snapshot: keep(Checkpoint(snapshot, state()))),
+            wants_state=wants,
         )
 
     @torch.inference_mode()
@@ -280,7 +441,20 @@ class Engine:
         model = self.module("transformer")
         context = self.family.prepare(model, text, settings)
         tokens = self.family.tokens(self.latent_shape(settings))
-        return Forward(model, context, settings.batched_guidance, video_tokens=tokens)
+        batched, layout = settings.batched_guidance, self.layout(settings)
+        if layout is not None:
+            self.world.meet()  # the weights of one rank may take longer to load than a collective may wait
+        part = make_part(self.world, layout, model, context) if layout else None
+        expect = model.blocks.follow if isinstance(model.blocks, OffloadedBlocks) else None
+        return Forward(
+            model,
+            context,
+            batched,
+            block_fn=self.block_fn,
+            video_tokens=tokens,
+            part=part,
+            expect=expect,
+        )
 
     def latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents."""
@@ -288,20 +462,37 @@ class Engine:
 
     def trace(self, settings: Settings, outcome: Outcome) -> dict:
         """The log of a run, ready for JSON (cache/trace.py)."""
-        model, size = self.module("transformer"), self.latent_shape(settings)[1:]
+        part, size = self.part("transformer"), self.latent_shape(settings)[1:]
+        model = build(part.class_name, part.config)  # without weights: those may have been let go
         branches = self.family.branches(settings.cfg_scale)
         table_at = cache(lambda width: model.macs(size, self.family.text_len, width))
-        return make_trace(
+        trace = make_trace(
             asdict(settings), outcome.records, model.subs, branches, table_at, outcome.cache_bytes
         )
+        if (layout := self.layout(settings)) is not None:
+            text = 0 if "cross" in model.subs else self.family.text_len  # rows of h, which every rank has
+            share = largest_share(layout, self.tokens_of(settings), self.frames_of(settings), text)
+            add_critical(trace, [record.plan for record in outcome.records], branches, layout, share)
+        return trace
+
+    def make_room(self) -> None:
+        """Before decoding, let go of a transformer that does not fit beside the autoencoder."""
+        if self.held != "none":
+            self.modules.pop("transformer", None)
+
+    def decode(self, latents: Tensor, *, tiled: bool = False, progress: bool = False) -> np.ndarray:
+        """Latents to frames. latents (1, C, t, h, w) -> uint8 (T, H, W, 3)"""
+        return np.concatenate(list(self.decode_stream(latents, tiled=tiled, progress=progress)))
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, *, tiled: bool = False, progress: bool = False) -> Any:
-        """Latents to frames. latents (1, C, t, h, w) -> uint8 array (T, H, W, 3)"""
+    def decode_stream(
+        self, latents: Tensor, *, tiled: bool = False, progress: bool = False
+    ) -> Iterator[np.ndarray]:
+        """`decode` piece by piece, a few frames (n, H, W, 3) at a time."""
         self.check_tiled(tiled)
         stream = self.family.decode(self, latents.to(self.device), tiled=tiled)
-        parts = [part[0].cpu() for part in tqdm(stream, "decode", latents.shape[2], disable=not progress)]
-        return to_frames(torch.cat(parts, dim=1), rounds=self.family.rounds_levels)
+        for part in tqdm(stream, "decode", latents.shape[2], disable=not progress):
+            yield to_frames(part[0], rounds=self.family.rounds_levels)
 
 
 def find_class(class_name: str) -> type[nn.Module]:
@@ -324,9 +515,10 @@ def part_dtype(class_name: str, run: torch.dtype) -> torch.dtype:
     return torch.float32 if class_name in ALWAYS_FP32 else run
 
 
-def save_latents(path: str | Path, latents: Tensor, settings: Settings) -> None:
-    """Write latents with the settings that made them; the file appears whole or not at all."""
-    data = save({"latents": latents.cpu().contiguous()}, {"settings": json.dumps(asdict(settings))})
+def save_latents(path: str | Path, latents: Tensor, settings: Settings, trace: dict | None = None) -> None:
+    """Write latents with the settings that made them and, if given, the run's trace: whole or not at all."""
+    metadata = {"settings": json.dumps(asdict(settings))} | ({"trace": json.dumps(trace)} if trace else {})
+    data = save({"latents": latents.cpu().contiguous()}, metadata)
     with whole_file(Path(path)) as partial:
         partial.write_bytes(data)
 
@@ -334,27 +526,42 @@ def save_latents(path: str | Path, latents: Tensor, settings: Settings) -> None:
 def load_latents(path: str | Path) -> tuple[Tensor, Settings]:
     """Read what save_latents wrote."""
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             text = (file.metadata() or {}).get("settings")
             if text is None or "latents" not in file.keys():
                 raise ValueError(
                     f"{path} holds no latents of minidit; generate writes them before it decodes"
                 )
-            return file.get_tensor("latents"), Settings(**json.loads(text))
+            settings, latents = Settings(**json.loads(text)), file.get_tensor("latents")
+            check_types(asdict(settings))
+            if latents.ndim != 5 or not latents.isfinite().all():
+                shape = tuple(latents.shape)
+                raise ValueError(f"{path}: latents are {shape}, wanted finite (1, C, T, H, W); make it again")
+            return latents, settings
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; pass the .latents.safetensors of a generation") from None
     except (SafetensorError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as latents ({error})") from None
 
 
-class Stopwatch:
-    """Seconds by stage."""
+def load_trace(path: str | Path) -> dict:
+    """The trace that lies beside the latents of a run."""
+    with safe_open(path, "pt") as file:
+        if "trace" not in (metadata := file.metadata()):
+            raise ValueError(f"{path} holds no trace; use it with python -m minidit decode {path}")
+        return json.loads(metadata["trace"])
 
-    def __init__(self):
+
+class Stopwatch:
+    """Seconds by stage, and the most memory in use, by the same names."""
+
+    def __init__(self, peaks: Peaks | None = None):
         self.seconds: dict[str, float] = {}
+        self.peaks = peaks
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with self.peaks.stage(name) if self.peaks else nullcontext():
+            yield
         self.seconds[name] = time.perf_counter() - started

@@ -1,18 +1,21 @@
-"""How far two videos are apart: PSNR and SSIM, on frames as they are before any codec.
+"""How far two videos are apart: PSNR, SSIM and LPIPS, on frames as they are before any codec.
 
-Both take frames (T, H, W, 3), arrays or tensors: uint8 with data range 255, or floating point in [0, 1] with
+All take frames (T, H, W, 3), arrays or tensors: uint8 with data range 255, or floating point in [0, 1] with
 data range 1. Sums run in float64.
 """
 
 import math
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WINDOW = 11  # pixels, SSIM's window (Wang et al., 2004, section III-C)
 SIGMA = 1.5  # pixels
 K1, K2 = 0.01, 0.03
+ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's file of the network that LPIPS 0.1 looks through
 
 
 def psnr(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> float:
@@ -37,6 +40,32 @@ def ssim(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> float:
             f"ssim: frames are {a.shape[2]}x{a.shape[1]}, wanted {WINDOW} pixels a side or more; use psnr"
         )
     return sum(_ssim_frame(x, y, data_range) for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def load_lpips(device: str = "cpu") -> nn.Module | None:
+    """The network of LPIPS (Zhang et al., 2018), by the package lpips; None where it or its weights lack.
+
+    The weights are those that torchvision keeps in torch.hub's folder. Nothing is ever downloaded.
+    """
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET).is_file():
+        return None
+    try:
+        package = import_module("lpips")  # belongs to no extra: without its weights it is of no use
+    except ImportError:
+        return None
+    return package.LPIPS(net="alex", verbose=False).eval().to(device)
+
+
+@torch.inference_mode()
+def lpips(network: nn.Module, a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> float:
+    """Learned perceptual distance, 0 where equal. a, b (T, H, W, 3) -> mean over frames
+
+    network: from load_lpips(); takes two (1, 3, H, W) in [-1, 1].
+    """
+    a, b, data_range = _pair(a, b)
+    device = next(network.parameters()).device
+    as_input = lambda x: (x.to(device).float() / data_range * 2 - 1).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    return sum(network(as_input(x), as_input(y)).item() for x, y in zip(a, b, strict=True)) / len(a)
 
 
 def _pair(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> tuple[Tensor, Tensor, float]:

@@ -4,14 +4,17 @@ profiles/<name>.json holds {version, policy, match, data}, <name>.safetensors th
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from minidit.tensor_files import open_tensors
 from minidit.video import whole_file
 
 VERSION = 1
@@ -25,6 +28,7 @@ class Profile:
     match: dict[str, Any]
     data: dict[str, Any]
     tensors: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    path: Path | None = None  # of its json, where it was read
 
 
 def profile_name(profile: Profile) -> str:
@@ -62,8 +66,8 @@ def read_numbers(path: Path) -> Profile:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, wanted {VERSION}")
-        return Profile(content["policy"], dict(content["match"]), dict(content["data"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Profile(content["policy"], dict(content["match"]), dict(content["data"]), path=path)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a profile ({error}); make it again") from None
 
 
@@ -72,7 +76,7 @@ def with_tensors(profile: Profile, path: Path) -> Profile:
     tensors = path.with_suffix(".safetensors")
     if tensors.is_file():
         try:
-            with safe_open(tensors, "pt") as file:
+            with open_tensors(tensors) as file:
                 for name in file.keys():
                     block, _, rest = name.partition(".")
                     profile.tensors[int(block), rest] = file.get_tensor(name)
@@ -99,6 +103,18 @@ def find_profile(folders: list[Path], policy: str, match: dict[str, Any]) -> Pro
     raise ValueError(
         f"no {policy} profile fits this run: the nearest has {what}; {how_to_make(policy, match)}"
     )
+
+
+@contextmanager
+def blamed_on(used: list[Path]) -> Iterator[None]:
+    """What goes wrong inside over what a profile holds is a ValueError that names the profiles in use."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        if not used:
+            raise
+        names = ", ".join(map(str, used))
+        raise ValueError(f"{names}: its data cannot be used ({error!r}); make it again") from error
 
 
 def how_to_make(policy: str, match: dict[str, Any]) -> str:

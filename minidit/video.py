@@ -10,11 +10,13 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -68,27 +70,40 @@ def check_output(path: str | Path, fps: float | None = None) -> None:
             raise IsADirectoryError(f"cannot write {target}: it is a folder; choose another name")
 
 
-def write_video(path: str | Path, frames: np.ndarray, *, fps: float, settings: dict[str, Any]) -> None:
+def write_video(
+    path: str | Path,
+    frames: np.ndarray | Iterator[np.ndarray],
+    *,
+    fps: float,
+    settings: dict[str, Any],
+) -> None:
     """Write frames in the format of path's suffix, and settings into the file and its sidecar.
 
-    frames (T, H, W, 3) uint8 · fps frames per second, may be fractional. .mp4 and .gif (which loops) hold the
-    video, .png one sheet with the frames row by row, .npz the arrays themselves; the last two are lossless.
+    frames (T, H, W, 3) uint8, or pieces of it one after the other, which an mp4 takes piece by piece · fps
+    frames per second, may be fractional. .mp4 and .gif (which loops) hold the video, .png one sheet with the
+    frames row by row, .npz the arrays themselves; the last two are lossless.
     Existing files are replaced. A file appears whole or not at all, also when the run is interrupted.
     """
     path = Path(path)
     check_output(path, fps)
-    frames, rate, text = _check_frames(frames), _rate(fps), _to_text(settings)
-    with whole_file(path) as partial, whole_file(sidecar_path(path)) as partial_sidecar:
+    rate, text = _rate(fps), _to_text(settings)
+    pieces = iter([_check_frames(frames)]) if isinstance(frames, np.ndarray) else map(_check_frames, frames)
+    with whole_file(sidecar_path(path)) as partial_sidecar, whole_file(path) as partial:
         partial_sidecar.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         match path.suffix.lower():
             case ".mp4":
-                _write_mp4(partial, frames, rate, text)
+                _write_mp4(partial, pieces, rate, text)
             case ".gif":
-                _write_gif(partial, frames, rate, text)
+                _write_gif(partial, np.concatenate(list(pieces)), rate, text)
             case ".png":
-                _write_png(partial, frames, text)
+                _write_png(partial, np.concatenate(list(pieces)), text)
             case ".npz":
-                _write_npz(partial, frames, fps, text)
+                _write_npz(partial, np.concatenate(list(pieces)), fps, text)
+
+
+def write_png(path: Path, frames: np.ndarray, settings: dict[str, Any]) -> None:
+    """One picture of frames (T, H, W, 3) uint8, with settings inside and no sidecar. path: from whole_file"""
+    _write_png(path, _check_frames(frames), _to_text(settings))
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, float | None]:
@@ -122,7 +137,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"cannot read settings from {path}: no such file")
     sidecar = sidecar_path(path)
-    settings = _from_text(_own_text(path))
+    try:
+        settings = _from_text(_own_text(path))
+    except (BadZipFile, zlib.error, struct.error, EOFError, IndexError, KeyError, ValueError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} is damaged ({reason}); its sidecar {sidecar.name} may not be") from None
     if settings is None and sidecar.is_file():
         settings = _from_text(sidecar.read_text(encoding="utf-8"))
     if settings is None:
@@ -166,28 +185,46 @@ def _from_text(text: str | None) -> dict[str, Any] | None:
     """The settings in a comment, or None where it is somebody else's comment."""
     try:
         settings = json.loads(text or "")
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return None
     return settings if isinstance(settings, dict) and "minidit" in settings else None
 
 
+def partial_path(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(f".{path.stem}.partial{path.suffix}")
+
+
+class Unwritten(OSError):
+    """The disk refused a file; the message names it."""
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name in path's folder; it takes path's place on success and vanishes otherwise."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    """Yield a temporary name in path's folder; it takes path's place on success and vanishes otherwise.
+
+    What the disk refuses is Unwritten, whichever library met it.
+    """
+    partial = partial_path(path)
     try:
         yield partial
         os.replace(partial, path)
+    except Unwritten:  # another file, inside
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise Unwritten(f"cannot write {path}: {reason}; make room or choose another folder") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _write_mp4(path: Path, frames: np.ndarray, rate: Fraction, text: str) -> None:
+def _write_mp4(path: Path, pieces: Iterator[np.ndarray], rate: Fraction, text: str) -> None:
     """H.264 at crf 10, which the eye cannot tell from the frames, in the colours of BT.709, limited range."""
     import av
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
-    height, width = frames.shape[1:3]
+    first = next(pieces)
+    height, width = first.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(
             f"mp4 needs an even size, got {width}x{height}; crop the frames or write a gif, png or npz"
@@ -203,7 +240,7 @@ def _write_mp4(path: Path, frames: np.ndarray, rate: Fraction, text: str) -> Non
         codec = stream.codec_context
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for picture in _pictures(frames, rate):
+        for picture in _pictures(chain(first, chain.from_iterable(pieces)), rate):
             graph.push(picture)
             container.mux(stream.encode(graph.vpull()))
         container.mux(stream.encode(None))
@@ -227,7 +264,7 @@ def _write_gif(path: Path, frames: np.ndarray, rate: Fraction, text: str) -> Non
     path.write_bytes(_with_gif_comment(path.read_bytes(), text))
 
 
-def _pictures(frames: np.ndarray, rate: Fraction) -> Iterator["av.VideoFrame"]:
+def _pictures(frames: Iterable[np.ndarray], rate: Fraction) -> Iterator["av.VideoFrame"]:
     """Frames as FFmpeg wants them, each with its time."""
     import av
 
@@ -325,7 +362,7 @@ def _decode(path: Path) -> tuple[np.ndarray, float]:
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, float]:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         missing = {"frames", "fps"} - set(arrays.files)
         if missing:
             raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; wanted an npz from write_video")
@@ -357,7 +394,9 @@ def _mp4_comment(path: Path) -> str | None:
 
 
 def _npz_comment(path: Path) -> str | None:
-    with np.load(path, allow_pickle=False) as arrays:
+    if not is_zipfile(path):
+        raise BadZipFile("it is no npz file")  # numpy would advise to unpickle it
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return str(arrays["settings"]) if "settings" in arrays.files else None
 
 

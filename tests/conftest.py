@@ -20,6 +20,12 @@ def uninitialised_memory_is_nan():
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache_folder(tmp_path_factory):
+    """Nothing is written into the user's own cache."""
+    os.environ["MINIDIT_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def goldens():
     """Finds the recording of a component: in $MINIDIT_GOLDENS where that is set, else in tests/goldens."""

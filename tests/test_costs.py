@@ -7,6 +7,7 @@ import pytest
 from minidit.costs import find_parts, measure, report
 from minidit.generate import DEMO, Engine
 from minidit.presets import PRESETS
+from minidit.settings import Choices
 
 SIZE = (832, 480, 81)
 
@@ -66,15 +67,44 @@ def test_report_uses_the_default_size_where_none_is_given():
 
 
 def test_report_lists_memory_by_stage():
-    lines = report("wan2.1-t2v-14b", SIZE, "bf16").splitlines()
-    stages = [
-        m.groups() for line in lines if (m := re.match(r" +(\w+) +([\d.]+) GiB weights +([\d.]+) GiB", line))
-    ]
-    assert [name for name, _, _ in stages] == ["text_encoder", "transformer", "vae"]
-    weights = {name: float(gib) for name, gib, _ in stages}
-    assert weights["transformer"] == pytest.approx(14.288e9 * 2 / 2**30, rel=0.03)  # bf16, some of it fp32
-    assert weights["vae"] == pytest.approx(126.89e6 * 4 / 2**30, abs=0.01)  # always fp32
-    assert all(float(gib) > 0 for name, _, gib in stages if name != "text_encoder")
+    stages = stages_of("wan2.1-t2v-14b", SIZE, "bf16")
+    weights = {name: weights for name, (_, weights, _) in stages.items()}
+    transformer, vae = 14.288e9 * 2 / 2**30, 126.89e6 * 4 / 2**30  # the latter always fp32
+    assert weights["denoise"] == pytest.approx(transformer, rel=0.03)  # bf16, some of it fp32
+    assert weights["decode"] == pytest.approx(transformer + vae, rel=0.03)
+    assert all(activations > 0 for name, (_, _, activations) in stages.items() if name != "text")
+    assert all(total >= weights + activations - 0.02 for total, weights, activations in stages.values())
+
+
+def stages_of(*args, **options) -> dict[str, tuple[float, float, float]]:
+    """Of a report: total, weights and activations in GiB, by stage."""
+    pattern = r" +(text|denoise|decode) +([\d.]+) GiB = ([\d.]+) weights \+ ([\d.]+) activations"
+    found = re.finditer(pattern, report(*args, **options))
+    return {m[1]: (float(m[2]), float(m[3]), float(m[4])) for m in found}
+
+
+def test_offloading_and_quantising_make_room():
+    name, dtype = "wan2.1-t2v-1.3b", "bf16"
+    plain, parts = (stages_of(name, SIZE, dtype, offload=offload) for offload in ("none", "parts"))
+    blocks = stages_of(name, SIZE, dtype, offload="blocks")
+    assert parts["denoise"] == plain["denoise"] and parts["decode"][1] < 1 < plain["decode"][1]
+    assert (
+        blocks["denoise"][1] < 0.15 * plain["denoise"][1]
+    )  # two of thirty blocks, and what lies around them
+    assert stages_of(name, SIZE, dtype, weights="fp8")["denoise"][1] < 0.56 * plain["denoise"][1]
+
+
+def test_the_cache_is_predicted_as_the_store_will_be():
+    settings = dict(steps=8, cache="mixcache:impact=uniform")
+    engine = Engine("demo", device="cpu")
+    outcome = engine.generate("a red circle", **settings)
+    resolved = engine.resolve("a red circle", Choices(**settings))
+    assert engine.cache_bytes(resolved) == outcome.trace["total"]["cache_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", ["hunyuan-video", "cogvideox-2b", "open-sora-1.2", "latte-1"])
+def test_caches_of_every_family_are_predicted(name):
+    assert re.search(r"[\d.]+ cache", report(name, (None, None, None), "bf16", cache="fora"))
 
 
 def test_a_model_folder_is_measured_like_the_preset_it_holds(tmp_path):

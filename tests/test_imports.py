@@ -17,7 +17,7 @@ PACKAGES = {
 
 # What a module may import beside the standard library; the first pattern that fits it counts.
 PLAN = ("minidit.cache.plan",)
-HOST_ONLY = (*PLAN, "minidit.cache.policies.*", "minidit.cache.(macs|spec|trace)")
+HOST_ONLY = (*PLAN, "minidit.cache.policies.*", "minidit.cache.(macs|spec|trace)", "minidit.errors")
 TENSORS = ("minidit_kernels.*", "torch", "einops", "safetensors")
 PARTS = ("minidit.presets", "minidit.layers", "minidit.attention")
 ANYTHING = ("minidit", "minidit.*", *TENSORS, "numpy", "tqdm")
@@ -27,13 +27,23 @@ LAYERS = {
     "minidit_kernels.*": ("minidit_kernels.*", "torch", "triton"),
     "minidit.presets": (),
     "minidit.cache.plan": (),
-    "minidit.cache.policies.*": PLAN,
+    "minidit.cache.placement": (),
+    "minidit.cache.policies.*": (
+        *PLAN, "minidit.cache.placement", "minidit.cache.policies.(magcache_ratios|teacache_polynomials)"
+    ),
     "minidit.cache.(macs|spec|trace)": HOST_ONLY,
     "minidit.cache.(loop|store|measure)": (
         *PLAN, "minidit.cache.(store|measure)", "minidit.attention", "minidit_kernels.*", "torch"
     ),
-    "minidit.(layers|attention)": TENSORS,
-    "minidit.(weights|schedules)": ("minidit.presets", *TENSORS),
+    "minidit.attention_table": (),
+    "minidit.exchange": ("torch",),
+    "minidit.(layers|attention)": (*TENSORS, "minidit.attention_table", "minidit.exchange"),
+    "minidit.errors": (),
+    "minidit.tensor_files": ("safetensors",),
+    "minidit.(weights|schedules)": ("minidit.presets", "minidit.tensor_files", *TENSORS),
+    "minidit.quantize": ("minidit.layers", "torch"),
+    "minidit.offload": (*PLAN, "torch"),
+    "minidit.memory": ("torch",),
     "minidit.(video|metrics)": (*TENSORS, "numpy", "av"),
     "minidit.models.*": (*PARTS, *PLAN, "minidit.cache.loop", *TENSORS),
     "minidit.text.(captions|hunyuan_video)": (
@@ -43,11 +53,11 @@ LAYERS = {
     "minidit.vae.open_sora": (*PARTS, "minidit.vae.kl", *TENSORS),  # a video autoencoder upon that of images
     "minidit.vae.*": (*PARTS, *TENSORS),
     "minidit.report": (*ANYTHING, "matplotlib"),
-    r"minidit.(\w+|cache.(profile|calibrate))": ANYTHING,
+    r"minidit.(\w+|cache.(profile|calibrate|forecasts|fits))": ANYTHING,
     "minidit": ANYTHING,
     "weights_convert.*": (
-        "weights_convert.*", "minidit.presets", "minidit.weights", "minidit.(models|text|vae).*",
-        "torch", "safetensors",
+        "weights_convert.*", "minidit.presets", "minidit.(errors|weights|tensor_files)",
+        "minidit.(models|text|vae).*", "torch", "safetensors",
     ),
     "weights_convert": (),
 }  # fmt: skip

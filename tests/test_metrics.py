@@ -1,11 +1,14 @@
 """PSNR and SSIM against hand values and a window-by-window reference."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from minidit import metrics
 from minidit.metrics import psnr, ssim
 
 
@@ -102,3 +105,37 @@ def test_ssim_refuses_frames_smaller_than_its_window():
     a = np.zeros((1, 10, 32, 3), np.uint8)
     with pytest.raises(ValueError, match="32x10, wanted 11 pixels"):
         ssim(a, a)
+
+
+class Network(torch.nn.Module):
+    """Stands in for LPIPS: the mean distance, and what it was shown."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.weight, self.options, self.seen = torch.nn.Parameter(torch.ones(1)), options, []
+
+    def forward(self, a, b):
+        self.seen.append((a, b))
+        return (a - b).abs().mean().reshape(1, 1, 1, 1)
+
+
+def test_lpips_is_shown_frame_after_frame_in_its_own_range():
+    network = Network()
+    a, b = np.zeros((2, 4, 6, 3), np.uint8), np.full((2, 4, 6, 3), 255, np.uint8)
+    b[1] = 0
+    assert metrics.lpips(network, a, b) == pytest.approx(1.0)  # 2 and 0
+    assert [tuple(x.shape) for x in network.seen[0]] == [(1, 3, 4, 6)] * 2
+    assert network.seen[0][0].unique().tolist() == [-1.0] and network.seen[0][1].unique().tolist() == [1.0]
+    assert metrics.lpips(network, a / 255.0, b / 255.0) == pytest.approx(1.0)
+
+
+def test_lpips_is_loaded_only_where_its_weights_lie_already(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Network))
+    assert metrics.load_lpips() is None  # it would download them
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / metrics.ALEXNET).touch()
+    network = metrics.load_lpips()
+    assert network.options == {"net": "alex", "verbose": False} and not network.training
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert metrics.load_lpips() is None

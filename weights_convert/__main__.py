@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from minidit.errors import Parser, printable
+
 EPILOG = """\
 SOURCE is a downloaded release (the original files or the diffusers layout, sharded or not) or one file of it.
 What each file holds is recognised from the names and shapes of its tensors. OUT is a model folder:
@@ -19,7 +21,7 @@ What each file holds is recognised from the names and shapes of its tensors. OUT
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m weights_convert",
         description="Turn a downloaded checkpoint into a minidit model folder.",
         epilog=EPILOG,
@@ -67,10 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError) as e:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as e:
         if args.debug:
             raise
-        print(f"weights_convert: {' '.join(str(e).split())}", file=sys.stderr)
+        text = " ".join(str(e).split()) or type(e).__name__
+        print(f"weights_convert: {printable(text)}", file=sys.stderr)
         return 2
 
 

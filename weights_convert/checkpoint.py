@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minidit.tensor_files import open_tensors
 from minidit.weights import DTYPES, listing
 
 PICKLES = (".pth", ".pt", ".bin")
@@ -90,7 +92,7 @@ def _check_index(files: list[Path], tensors: dict[str, Upstream]) -> None:
 def open_safetensors(path: Path) -> dict[str, Upstream]:
     """The tensors of a safetensors file."""
     try:
-        with safe_open(path, "pt") as f:
+        with open_tensors(path) as f:
             slices = {name: f.get_slice(name) for name in f.keys()}
             found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except SafetensorError as e:
@@ -141,7 +143,9 @@ class MappedPickle:
 def _load(path: Path) -> dict:
     """Open a pickle of plain tensors: weights_only, always."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickle protocols: what is not read is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         name = re.search(r"GLOBAL ([\w.]+)", str(e))
         what = f"calls {name[1]} when it is opened" if name else "holds more than tensors, or is damaged"
@@ -171,7 +175,7 @@ def read_json(path: Path) -> dict:
     """A JSON file with an object at the top."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON ({e})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, wanted an object")

@@ -144,7 +144,8 @@ def read_override(path: Path | None) -> dict:
     if unknown := sorted(set(override) - allowed):
         raise ValueError(f"{path} has unknown keys {', '.join(unknown)}; wanted {', '.join(sorted(allowed))}")
     parts = override.get("components", {})
-    if not all(isinstance(value, dict) for value in (*override.values(), *parts.values())):
+    values = [*override.values(), *(parts.values() if isinstance(parts, dict) else ())]
+    if not all(isinstance(value, dict) for value in values):
         raise ValueError(f"{path}: components, schedule and defaults are objects with named values")
     for name, part in parts.items():
         if set(part) != {"config"} or not isinstance(part["config"], dict):

@@ -94,6 +94,6 @@ def read_layout(path: Path) -> tuple[Shapes, dict]:
         content = json.loads(path.read_text(encoding="utf-8"))
         about = content.pop("__about__", {})
         shapes = {name: tuple(int(n) for n in shape) for name, shape in content.items()}
-    except (ValueError, TypeError, AttributeError) as e:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{path} is not a layout, JSON with name: shape ({e})") from None
     return shapes, about.get("hyper_parameters", {}) if isinstance(about, dict) else {}

@@ -8,6 +8,8 @@ kernels on the CPU line by line; or where somebody has imported it already, as t
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,20 +18,37 @@ from torch import Tensor
 # read once: a knob inside a compiled function would break its graph
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-if torch.version.cuda or INTERPRET or "triton" in sys.modules:
-    import triton
+WANTED = torch.version.cuda or INTERPRET or "triton" in sys.modules
+try:
+    triton = import_module("triton") if WANTED else None
+except ImportError:  # there is none for this system
+    triton = None
+
+if triton is not None:
     import triton.language as tl
 
-    jit = triton.jit
+    jit, Config = triton.jit, triton.Config
 else:
-    triton = None
-    jit = lambda function: function
+    jit, Config = lambda function: function, lambda constants, **options: None
 
-    class tl:  # what the signatures of kernels name
-        constexpr = None
+    class tl:  # what kernel files name outside of function bodies
+        constexpr = staticmethod(lambda value: value)
 
 
 IMPLS = ("auto", "triton", "reference")
+ARCHES = (80, 90, 100)  # compute capabilities that the compile check knows
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way in which a kernel is launched, as the compile check (resources.py) wants it."""
+
+    name: str  # kernel and variant, such as "mix bf16 depth 3"
+    kernel: Any  # the jitted or autotuned function
+    types: dict[str, str]  # of the arguments at run time: "*bf16", "fp32", "i32"; "i32:16": a multiple of 16
+    constants: dict[str, Any]  # constexpr arguments, and those that Triton makes so (None, the integer 1)
+    configs: tuple[Any, ...] = ()  # the shipped ones; () is kernel.configs, those of autotune
+    arches: tuple[int, ...] = ARCHES  # on which these configs are used
 
 
 def runs_kernel(x: Tensor, impl: str = "auto") -> bool:

@@ -20,9 +20,14 @@ class Site:
     first: int = 0
     last: int = 0
     name: str = ""
+    of: int = 0  # of window_rest
 
     def __str__(self) -> str:
-        numbers = {"h": f"({self.first})", "residual": f"({self.first},{self.last})"}
+        numbers = {
+            "h": f"({self.first})",
+            "residual": f"({self.first},{self.last})",
+            "rest": f"({self.first},{self.name},{self.last})",
+        }
         return self.kind + numbers.get(self.kind, f"({self.first},{self.name})" if self.name else "")
 
 
@@ -46,11 +51,31 @@ def attention_map(block: int, name: str) -> Site:
     return Site("map", block, name=name)
 
 
+def sub_input(block: int, name: str) -> Site:
+    """What enters a sub-module; of a block's first one it is known before the block has run (see Gate)."""
+    return Site("input", block, name=name)
+
+
+def window_rest(block: int, name: str, window: "Window") -> Site:
+    """What full attention gives beyond a window, before the way out of the heads."""
+    return Site("rest", block, window.width, name, window.of)
+
+
+def token_ages(block: int, name: str) -> Site:
+    """By token: the steps for which Tokens has passed it over. Kept by the executor itself."""
+    return Site("ages", block, name=name)
+
+
+TIME = Site("time")  # of one branch: the embedding of the timestep, with what is added to it
+TIME_MOD = Site("time_mod")  # of one branch: TIME as projected for the blocks, where a family has that
 PREDICTION = Site("prediction")  # of one branch
-GUIDED = Site("guided")  # after guidance; like the ones below it belongs to no branch
+OFFSET = Site("offset")  # of one branch: PREDICTION - LATENTS
+LATENTS = Site("latents")  # what enters the step; like the ones below it belongs to no branch
+LATENTS_FULL = Site("latents_full")  # the latents of the last step that a policy called full
+GUIDED = Site("guided")  # after guidance
 GUIDED_FULL = Site("guided_full")  # the guided prediction of the last step that a policy called full
 CFG_DELTA = Site("cfg_delta")  # uncond - cond
-SHARED = (GUIDED, GUIDED_FULL, CFG_DELTA)
+SHARED = (LATENTS, LATENTS_FULL, GUIDED, GUIDED_FULL, CFG_DELTA)
 
 
 @dataclass(frozen=True)
@@ -100,6 +125,57 @@ class Freeze:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Self-attention of every token to those at most `width` places away in token order, plus window_rest.
+
+    of: the tokens that attend to each other, by which multiply-adds are counted
+    """
+
+    width: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A sub-module that sees every token alone runs for `count` of `of` video tokens, chosen anew each time.
+
+    The others keep their stored output. Those of the highest score run: with "norm" 1 - |o| / max |o| of the
+    stored output o, with "random" numbers in [0, 1) drawn from `seed`; to both `fresh` times token_ages is
+    added, if these are needed. Rows of text behind the video all run; `text` of them, for multiply-adds.
+    """
+
+    count: int
+    of: int
+    score: str = "norm"
+    fresh: float = 0.0
+    seed: int = 0
+    text: int = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """A sub-module that sees no text runs for this branch, the first one; the others take its output."""
+
+    branch: str = "cond"
+    how: Window | None = None
+
+
+SCORES = ("norm", "random")  # of Tokens
+SubOp = Mix | Slice | Freeze | Window | Tokens | Share
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """CFG_DELTA with its spatial frequencies weighted, frame by frame (FasterCache).
+
+    low: those within min(H, W) // 5 of zero, in grid units · high: all others
+    """
+
+    low: float = 1.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
 class Measure:
     """The distance of this step's value from the stored one, read before the store is overwritten.
 
@@ -115,7 +191,12 @@ class Measure:
 
 @dataclass(frozen=True)
 class Gate:
-    """After path item `after` (-1: before the first), one measured number goes to the policy's decide()."""
+    """After path item `after` (-1: before the first), one measured number goes to the policy's decide().
+
+    A gate on LATENTS stands before everything, and decide() may answer with any plan. One on sub_input stands
+    before that block, which runs up to its first sub-module once more. What decide() newly wants kept of the
+    gate's own site is kept.
+    """
 
     after: int
     measure: Measure
@@ -125,12 +206,12 @@ class Gate:
 class Plan:
     """One step. The default runs everything and keeps nothing."""
 
-    path: tuple[Run | Load | Add, ...] = (Run(),)  # from h(0) to h(depth)
+    path: tuple[Run | Load | Add, ...] = (Run(),)  # from h(0) to h(depth), or the load of a prediction
     branches: tuple[str, ...] = ()  # those that run; () is all
-    subs: tuple[tuple[Sub, Mix | Slice | Freeze], ...] = ()  # sub-modules that do not run in full
+    subs: tuple[tuple[Sub, SubOp], ...] = ()  # sub-modules that do not run in full
     keep: tuple[Site, ...] = ()
     measure: tuple[Measure, ...] = ()
-    fill: Mix | None = None  # a branch that does not run is cond + this mix of CFG_DELTA
+    fill: Mix | Spectrum | None = None  # a branch that does not run is cond + this of CFG_DELTA
     output: Mix | None = None  # the guided prediction is this mix of GUIDED: the transformer does not run
     gate: Gate | None = None
     label: str = "full"  # for people: what the policy calls this step
@@ -158,6 +239,16 @@ class RunInfo:
     branches: tuple[str, ...]
     family: str
     map_bytes: tuple[tuple[str, int], ...] = ()  # of one branch's attention map, by sub-module, once known
+    model: str = ""  # the release's preset name, for which a paper may have numbers
+    tokens: int = 0  # video tokens of one branch
+    text_tokens: int = 0  # rows of text behind them in h, where a family has both in one sequence
+    token_ranks: int = 1  # ranks that share the tokens of a branch
+    cfg_ranks: int = 1  # 2: each branch has ranks of its own, so that one left out saves no time
+
+    @property
+    def guidance_varies(self) -> bool:
+        """Whether steps are guided by several scales: one's guided prediction will not do for another."""
+        return len(self.branches) > 1 and len({step.guidance for step in self.steps}) > 1
 
 
 Values = dict[Measure, Any]
@@ -189,18 +280,28 @@ def runs(plan: Plan, depth: int) -> set[int]:
     return {k for first, last in spans for k in range(first, last)}
 
 
-def recalled(plan: Plan) -> Mix | None:
-    """The mix of stored predictions in place of the transformer, where the path is Load(PREDICTION) alone."""
+def recalled(plan: Plan) -> Load | None:
+    """The path item in place of the transformer, where the path is Load(PREDICTION) or Load(OFFSET) alone."""
     item = plan.path[0] if len(plan.path) == 1 else None
-    return item.mix if isinstance(item, Load) and item.site == PREDICTION else None
+    return item if isinstance(item, Load) and item.site in (PREDICTION, OFFSET) else None
 
 
 def check(plan: Plan, depth: int) -> None:
-    """Refuse a path that does not lead from h(0) to h(depth) step by step."""
-    at = 0
+    """Refuse a path that does not lead from h(0) to h(depth) step by step, and what cannot be done on it."""
     if plan.output is not None or recalled(plan) is not None:
         return
+    places = follow_path(plan, depth)
+    for (block, name), how in plan.subs:
+        check_sub(block, name, how, plan.branches)
+    if plan.gate is not None:
+        check_gate(plan.gate, places)
+
+
+def follow_path(plan: Plan, depth: int) -> list[int]:
+    """The block reached before the path, and after each of its items."""
+    places = [0]
     for item in plan.path:
+        at = places[-1]
         if isinstance(item, Run):
             start, end = item.first, depth if item.last is None else item.last
         elif isinstance(item, Load):
@@ -213,10 +314,45 @@ def check(plan: Plan, depth: int) -> None:
                 f"the plan's path has {item} at block {at} of {depth}; wanted a Run or an Add of a residual "
                 f"that starts there, or a Load of a later h"
             )
-        at = end
-    if at != depth:
+        places.append(end)
+    if places[-1] != depth:
         raise ValueError(
-            f"the plan's path ends at block {at} of {depth}; end it with a Run to the last block"
+            f"the plan's path ends at block {places[-1]} of {depth}; end it with a Run to the last block"
+        )
+    return places
+
+
+def check_sub(block: int, name: str, how: SubOp, branches: tuple[str, ...]) -> None:
+    """Refuse what cannot be done with a sub-module. branches: of the plan, () is all"""
+    where = f"the plan wants {how} of {name} in block {block}"
+    inner = how.how if isinstance(how, Share) else how
+    if isinstance(how, Share) and "cross" in name:
+        raise ValueError(f"{where}, which looks at the text of its branch; share attn or mlp")
+    if isinstance(how, Share) and branches and branches[0] != how.branch:
+        raise ValueError(f"{where}, but {branches[0]} runs first; share the branch that does")
+    if isinstance(inner, Window) and (name != "attn" or not 0 < inner.width < inner.of):
+        raise ValueError(f"{where}; wanted a width of 1 .. {inner.of - 1}, of attn")
+    if isinstance(how, Tokens) and ("attn" in name or not 0 < how.count <= how.of):
+        raise ValueError(
+            f"{where}; wanted a count of 1 .. {how.of}, of a sub-module that is no self-attention"
+        )
+    if isinstance(how, Tokens) and how.score not in SCORES:
+        raise ValueError(f"{where}; its score is one of {', '.join(SCORES)}")
+
+
+def check_gate(gate: Gate, places: list[int]) -> None:
+    """Refuse a gate where its value is not known. places: see follow_path"""
+    site = gate.measure.site
+    if not -1 <= gate.after < len(places) - 1:
+        raise ValueError(f"the plan's gate is after item {gate.after} of a path of {len(places) - 1}")
+    if site in (LATENTS, TIME, TIME_MOD) and gate.after != -1:
+        raise ValueError(
+            f"the plan's gate on {site} is after item {gate.after}; put it before the path, at -1"
+        )
+    at = places[gate.after + 1]
+    if site.kind == "input" and site.first != at:
+        raise ValueError(
+            f"the plan's gate on {site} stands before block {at}; it has to be before {site.first}"
         )
 
 

@@ -1,19 +1,23 @@
 """Profiling: what a caching method has to know of one model at one setting, measured on uncached runs.
 
 MixCache: how redundant step, cfg and every block are, and the impact I of reusing each. UniCP: see
-calibrate.py. The result is a Profile, which lies in the model's folder.
+calibrate.py; planned: forecasts.py; methods that others fitted to their models: fits.py. The result is a
+Profile, which lies in the model's folder.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from minidit.cache import fits
 from minidit.cache.calibrate import SubmoduleProbe, calibrate_unicp, coverage
+from minidit.cache.forecasts import measure_forecasts
 from minidit.cache.loop import Lane, run_blocks
+from minidit.cache.placement import place
 from minidit.cache.plan import (
     CFG_DELTA,
     GUIDED,
@@ -35,11 +39,15 @@ from minidit.profiles import Profile
 from minidit.sampling import Forward, Record
 from minidit.settings import Settings, profile_match
 
-SHAPE_PROMPTS = (  # of the embedded model's world
+SHAPE_PROMPTS = (  # of the embedded model's world; none of those that tables are made with (demo/prompts.txt)
     "a red circle moves left to right",
     "a blue star moves right to left",
     "a green square moves up",
     "a yellow triangle grows",
+    "a white square moves right to left",
+    "an orange triangle moves down",
+    "a purple circle stays still",
+    "a small blue star shrinks",
 )
 SCENE_PROMPTS = (
     "a cat walks over a sunlit wooden floor, close-up",
@@ -276,22 +284,31 @@ def profile_unicp(
     return Profile("unicp", profile_match(settings), data, tensors)
 
 
+def profile_planned(
+    engine: Engine, settings: Settings, prompts: Sequence[str], *, report: Callable = print
+) -> Profile:
+    """How good forecasts of the guided prediction are, and how much each step matters."""
+    runs = [replace(settings, prompt=p, seed=settings.seed + n) for n, p in enumerate(prompts)]
+    data = measure_forecasts(engine, settings, [(one, engine.encode(one)) for one in runs], report=report)
+    return Profile("planned", profile_match(settings), data)
+
+
 def methods_to_profile(cache: str) -> dict[str, str]:
     """The methods of a --cache argument, {name: SPEC}; what cannot be made is refused at once."""
     specs = parse(cache)
-    if odd := [spec.name for spec in specs if spec.name not in ("mixcache", "unicp")]:
-        raise ValueError(f"{odd[0]} has nothing to profile; choose mixcache, unicp or mixcache+unicp")
+    if odd := [spec.name for spec in specs if spec.name not in PROFILED]:
+        raise ValueError(f"{odd[0]} has nothing to profile; choose from {', '.join(PROFILED)}")
     make_policy(specs, lambda method: None)  # knows its options
     return dict(zip((spec.name for spec in specs), cache.split("+"), strict=True))
 
 
 def make_profile(method: str, engine: Engine, settings: Settings, prompts: Sequence[str]) -> Profile:
-    """The profile of a caching method. method: a SPEC, of which the name counts, and unicp's basis"""
+    """The profile of a caching method. method: a SPEC, of which the name counts and what PROFILED lists"""
     methods_to_profile(method)  # refuses others
     (spec,) = parse(method)
-    if spec.name == "mixcache":
-        return profile_mixcache(engine, settings, prompts)
-    return profile_unicp(engine, settings, prompts, basis=spec.options.get("basis", "two-sided"))
+    profiled = PROFILED[spec.name]
+    options = {key: value for key, value in spec.options.items() if key in profiled.options}
+    return profiled.make(engine, settings, prompts, **options)
 
 
 def closed_loop(engine: Engine, settings: Settings, cache: str, prompts: Sequence[str]) -> Iterator[str]:
@@ -308,7 +325,15 @@ def closed_loop(engine: Engine, settings: Settings, cache: str, prompts: Sequenc
 
 def describe(profile: Profile) -> str:
     """A profile's numbers for people."""
-    return describe_unicp(profile.data) if profile.policy == "unicp" else describe_mixcache(profile.data)
+    return PROFILED[profile.policy].describe(profile.data)
+
+
+def describe_planned(data: dict) -> str:
+    """Which steps would be computed at a few shares."""
+    steps = len(data["impact"])
+    shares = [share for share in (0.65, 0.5, 0.35) if share * steps > 3]
+    placed = {share: place(data["errors"], data["impact"], round(share * steps)) for share in shares}
+    return "\n".join(f"share {share:g}  computes {', '.join(map(str, p))}" for share, p in placed.items())
 
 
 def describe_unicp(data: dict) -> str:
@@ -343,3 +368,23 @@ def describe_mixcache(d: dict) -> str:
         middle = row[len(row) // 2]
         lines.append(f"impact   block {i:<3} first {row[0]:.4f}  middle {middle:.4f}  last {row[-1]:.4f}")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """How a method's profile is made, from (engine, settings, prompts) and `options`, and told to people."""
+
+    make: Callable[..., Profile]
+    describe: Callable[[dict], str]
+    options: tuple[str, ...] = ()  # of the SPEC, that the profile depends on
+
+
+PROFILED = {
+    "mixcache": Profiled(profile_mixcache, describe_mixcache),
+    "unicp": Profiled(profile_unicp, describe_unicp, ("basis",)),
+    "planned": Profiled(profile_planned, describe_planned),
+    "teacache": Profiled(fits.profile_teacache, fits.describe_teacache, ("signal",)),
+    "magcache": Profiled(fits.profile_magcache, fits.describe_magcache),
+    "adacache": Profiled(fits.profile_adacache, fits.describe_adacache),
+    "ditfastattn": Profiled(fits.profile_ditfastattn, fits.describe_ditfastattn),
+}

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,47 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from minidit.cache.trace import read_plans, read_trace
+from minidit.errors import OWN
 
-METHODS = {  # name -> module under minidit.cache.policies, class
-    "none": ("none", "NoCache"),
-    "mixcache": ("mixcache", "MixCache"),
-    "unicp": ("unicp", "UniCP"),
-    "replay": ("replay", "Replay"),  # replay:FILE, the plans of a trace
+
+@dataclass(frozen=True)
+class Method:
+    """A caching method as it is listed. Its paper stands in the first line of the class's docstring."""
+
+    module: str  # under minidit.cache.policies
+    cls: str
+    levels: str = ""  # what it reuses: step, cfg (a guidance branch), block, attention (and MLP), token
+    acts_on: str = "all"  # the families that its reset() accepts; it tells the others why not
+    profile: str = ""  # "needed", and what does in its place; "": it takes none
+
+    def load(self) -> type:
+        return getattr(importlib.import_module(f"minidit.cache.policies.{self.module}"), self.cls)
+
+
+METHODS = {
+    "none": Method("none", "NoCache"),
+    "mixcache": Method("mixcache", "MixCache", "step cfg block", profile="needed, or impact=uniform"),
+    "unicp": Method("unicp", "UniCP", "attention", profile="needed"),
+    "mixcache+unicp": Method("combined", "Combined", "step cfg block attention", profile="both needed"),
+    "planned": Method("planned", "Planned", "step", profile="needed"),  # minidit's own
+    "teacache": Method("teacache", "TeaCache", "step", profile="needed, unless published"),
+    "magcache": Method("magcache", "MagCache", "step", profile="needed, unless published"),
+    "easycache": Method("easycache", "EasyCache", "step"),
+    "adacache": Method("adacache", "AdaCache", "step", profile="needed, or scale=1"),
+    "abcache": Method("abcache", "ABCache", "step"),
+    "cfg-gating": Method("cfg_gating", "CFGGating", "cfg", acts_on="guided runs"),
+    "blockdance": Method("blockdance", "BlockDance", "block"),
+    "delta-dit": Method("delta_dit", "DeltaDiT", "block"),
+    "fbcache": Method("dbcache", "FBCache", "block"),
+    "dbcache": Method("dbcache", "DBCache", "block"),
+    "fora": Method("fora", "FORA", "attention"),
+    "pab": Method("pab", "PAB", "attention"),
+    "taylorseer": Method("taylorseer", "TaylorSeer", "attention"),
+    "ditfastattn": Method("ditfastattn", "DiTFastAttn", "attention", profile="needed"),
+    "fastercache": Method("fastercache", "FasterCache", "cfg attention", acts_on="guided; :attention all"),
+    "toca": Method("toca", "ToCa", "attention token"),
+    "duca": Method("toca", "DuCa", "block attention token"),
+    "replay": Method("replay", "Replay"),  # replay:FILE, the plans of a trace
 }
 
 
@@ -30,6 +66,24 @@ class Spec:
     name: str  # of METHODS, or file.py:Class
     variant: str = ""
     options: dict[str, str] = field(default_factory=dict)
+
+
+def fewer_steps(text: str, steps: int) -> int | None:
+    """How many of `steps` the spec `fewer-steps:steps=N` or `:share=S` leaves (half); None: not that spec."""
+    name, _, option = text.strip().partition(":")
+    if name != "fewer-steps":
+        return None
+    key, _, value = (option or "share=0.5").partition("=")
+    most = {"steps": steps, "share": 1.0}.get(key)
+    try:
+        wanted = type(most)(value)
+        if not 0 < wanted <= most:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"cache {text!r}: write fewer-steps:steps=N with N at most {steps}, or fewer-steps:share=0.5"
+        ) from None
+    return wanted if key == "steps" else max(1, round(wanted * steps))
 
 
 def parse(text: str) -> tuple[Spec, ...]:
@@ -49,6 +103,8 @@ def parse_one(text: str) -> Spec:
         if not rest:
             raise ValueError(f"cache {text!r} names a file but no class; write {head}:ClassName")
         head, *rest = f"{head}:{rest[0]}", *rest[1:]
+    elif head == "fewer-steps":
+        raise ValueError(f"cache {text!r} is a run without caching; it cannot be joined to a method")
     elif head not in METHODS:
         raise ValueError(
             f"unknown cache {head!r}; choose one of {', '.join(METHODS)}, or my_policy.py:MyPolicy"
@@ -63,14 +119,14 @@ def parse_one(text: str) -> Spec:
 def find_class(name: str) -> type:
     """The policy class of a method, or of file.py:Class."""
     if ".py:" not in name:
-        module, cls = METHODS[name]
-        return getattr(importlib.import_module(f"minidit.cache.policies.{module}"), cls)
+        return METHODS[name].load()
     file, cls = name.rsplit(":", 1)
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"cache {name!r}: {path} does not exist")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module_spec = importlib.util.spec_from_file_location(f"{OWN}{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look themselves up there
     module_spec.loader.exec_module(module)
     if not hasattr(module, cls):
         raise ValueError(f"cache {name!r}: {path} has no class {cls}")
@@ -94,7 +150,13 @@ def make_policy(specs: tuple[Spec, ...], find_profile: Callable[[str], dict | No
 
     if len(policies) > 2:
         raise ValueError(f"at most two caches can be joined by +, got {len(policies)}")
-    return Combined(*policies)
+    joined, outer = Combined(*policies), METHODS.get(specs[0].name, Method("", ""))
+    if {"attention", "token"} & set(outer.levels.split()):
+        raise ValueError(
+            f"{specs[0].name} and {specs[1].name} both act inside blocks; put a method before the + that "
+            f"acts on steps, branches or blocks, as in mixcache+unicp"
+        )
+    return joined
 
 
 def make_one(spec: Spec, find_profile: Callable[[str], dict | None]) -> Any:
@@ -163,6 +225,17 @@ def summary(name: str) -> tuple[str, str]:
     options = [f"{n}={show(p.default)}" for n, p in options_of(cls).items() if p.default is not p.empty]
     first = re.split(r"\n\s*\n|\n", inspect.getdoc(cls) or "", maxsplit=1)[0]
     return first, ", ".join(options)
+
+
+def explain(name: str) -> str:
+    """All there is to read about a method: its docstring, variants, and options with their defaults."""
+    if name not in METHODS and ".py:" not in name:
+        raise ValueError(f"unknown cache {name!r}; choose one of {', '.join(METHODS)}")
+    cls, (_, options) = find_class(name), summary(name)
+    lines = [inspect.getdoc(cls) or "", f"\noptions and their defaults: {name}:{options.replace(', ', ',')}"]
+    for variant, values in getattr(cls, "variants", {}).items():
+        lines.append(f"{name}:{variant} is " + ",".join(f"{key}={show(v)}" for key, v in values.items()))
+    return "\n".join(lines[:1] if not options else lines)
 
 
 def show(value: Any) -> str:

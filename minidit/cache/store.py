@@ -1,5 +1,6 @@
 """Where cached tensors live: one preallocated ring per (site, branch), and the constants of a profile."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,10 +22,14 @@ class Ring:
     slots: Tensor  # (depth, ...)
     pushed: int = 0
 
+    def claim(self) -> Tensor:
+        """The slot of the oldest entry, from now on that of the newest: who claims it has to fill it."""
+        self.pushed += 1
+        return self.slots[(self.pushed - 1) % len(self.slots)]
+
     def push(self, value: Tensor) -> None:
         """Copy a value in, over the oldest: a reference would change when its owner is written in place."""
-        self.slots[self.pushed % len(self.slots)].copy_(value)
-        self.pushed += 1
+        self.claim().copy_(value)
 
     def entries(self) -> list[Tensor]:
         """What has been pushed and not overwritten, newest first."""
@@ -52,6 +57,10 @@ class Store:
         """Whether there is a ring for this site and branch."""
         return (site, branch) in self.rings
 
+    def claim(self, site: Site, branch: str) -> Tensor:
+        """The slot for a new entry, which a measurement fills in passing."""
+        return self.rings[site, branch].claim()
+
     def push(self, site: Site, branch: str, value: Tensor) -> None:
         self.rings[site, branch].push(value)
 
@@ -73,8 +82,33 @@ class Store:
 
     def mix(self, site: Site, branches: Sequence[str], how: Mix) -> Tensor:
         """A mix of a site's entries, one batch row per branch."""
-        rows = [mix(self.entries(site, branch), how.coefficients) for branch in branches]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        rows = [self.entries(site, branch) for branch in branches]
+        if len(rows) == 1:
+            return mix(rows[0], how.coefficients)
+        first = rows[0][0]
+        out = first.new_empty(len(rows) * len(first), *first.shape[1:])
+        for entries, mixed in zip(rows, out.chunk(len(rows)), strict=True):
+            mix(entries, how.coefficients, out=mixed)
+        return out
+
+
+Rings = dict[tuple[Site, str], tuple[int, tuple[int, ...], torch.dtype]]  # depth, and shape of one entry
+
+
+def ring_shapes(
+    needs: Sequence[Need], branches: Sequence[str], shape_of: Callable[[Site, str], Shape]
+) -> Rings:
+    """The rings that these needs come to."""
+    depths: dict[tuple[Site, str], int] = {}
+    for need in needs:
+        for branch in ("",) if need.site in SHARED else need.branches or branches:
+            if branch in ("", *branches):  # two methods may need one site: the deeper ring serves both
+                depths[need.site, branch] = max(need.depth, depths.get((need.site, branch), 0))
+    return {key: (depth, *shape_of(*key)) for key, depth in depths.items()}
+
+
+def ring_bytes(rings: Rings) -> int:
+    return sum(depth * math.prod(shape) * dtype.itemsize for depth, shape, dtype in rings.values())
 
 
 def make_store(
@@ -85,14 +119,8 @@ def make_store(
     constants: Mapping[tuple[int, str], Tensor] | None = None,
 ) -> Store:
     """Allocate all rings before step 0; too much for the device is refused with the number."""
-    depths: dict[tuple[Site, str], int] = {}
-    for need in needs:
-        for branch in ("",) if need.site in SHARED else need.branches or branches:
-            if branch in ("", *branches):  # two methods may need one site: the deeper ring serves both
-                depths[need.site, branch] = max(need.depth, depths.get((need.site, branch), 0))
-    wanted = {key: (depth, *shape_of(*key)) for key, depth in depths.items()}
-    sizes = [depth * torch.Size(shape).numel() * dtype.itemsize for depth, shape, dtype in wanted.values()]
-    total, free = sum(sizes), free_bytes(device)
+    wanted = ring_shapes(needs, branches, shape_of)
+    total, free = ring_bytes(wanted), free_bytes(device)
     if free is not None and total > free:
         raise ValueError(
             f"the cache needs {total / GIB:.2f} GiB and {free / GIB:.2f} GiB are free on {device}; "

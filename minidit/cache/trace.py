@@ -4,7 +4,8 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from minidit.cache import plan as vocabulary
 from minidit.cache.macs import Table, full_macs, plan_macs
@@ -15,7 +16,8 @@ TYPES = {
     cls.__name__: cls
     for cls in (
         vocabulary.Site, vocabulary.Mix, vocabulary.Run, vocabulary.Load, vocabulary.Add, vocabulary.Slice,
-        vocabulary.Freeze, vocabulary.Measure, vocabulary.Gate, vocabulary.Plan,
+        vocabulary.Freeze, vocabulary.Window, vocabulary.Tokens, vocabulary.Share, vocabulary.Spectrum,
+        vocabulary.Measure, vocabulary.Gate, vocabulary.Plan,
     )
 }  # fmt: skip
 
@@ -34,10 +36,26 @@ def from_json(value: Any) -> Any:
     """The inverse of to_json; lists become tuples."""
     if isinstance(value, dict):
         values = {name: from_json(v) for name, v in value.items() if name != "is"}
-        if value.get("is") not in TYPES:
-            raise ValueError(f"{value.get('is')!r} is not a part of a plan")
-        return TYPES[value["is"]](**values)
+        if (name := value.get("is")) not in TYPES:
+            raise ValueError(f"{name!r} is not a part of a plan")
+        part = TYPES[name](**values)
+        for f in fields(part):
+            if not fits(item := getattr(part, f.name), f.type):
+                raise ValueError(f"{name}.{f.name} is {item!r:.60}")
+        return part
     return tuple(from_json(v) for v in value) if isinstance(value, list) else value
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is what an annotation of a plan's parts says."""
+    if isinstance(kind, UnionType):
+        return any(fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        if isinstance(value, tuple) and kinds[1:] == (...,):
+            kinds = kinds[:1] * len(value)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def name_of(measure: Measure) -> str:
@@ -95,7 +113,12 @@ def closing_line(trace: dict) -> str:
     size = total["cache_bytes"]
     held = f"{size / 2**30:.2f} GiB" if size >= 2**30 / 100 else f"{size / 2**20:.2f} MiB"
     done = f"{total['full_equivalents']:.1f} of {len(steps)} steps full-equivalent"
-    return f"{trace['settings']['cache']}: {done}, {ratio:.2f}x fewer MACs, {held} cache"
+    line = f"{trace['settings']['cache']}: {done}, {ratio:.2f}x fewer MACs, {held} cache"
+    if "ranks" not in trace:
+        return line
+    count = trace["ranks"]["ulysses"] * trace["ranks"]["cfg"]
+    critical = total["macs_full"] / total["macs_critical"] if total["macs_critical"] else float("inf")
+    return f"{line} per rank; {critical:.2f}x fewer MACs on the busiest of {count} ranks"
 
 
 def write_trace(path: str | Path, trace: dict) -> None:
@@ -118,7 +141,7 @@ def read_trace(path: str | Path) -> dict:
     """A trace file; one line says what is wrong with it."""
     try:
         trace = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a trace ({error}); make one with --trace FILE") from None
     if not isinstance(trace, dict) or trace.get("version") != VERSION or "steps" not in trace:
         raise ValueError(f"{path} is not a trace of this minidit; make one with --trace FILE")
@@ -130,6 +153,8 @@ def read_plans(trace: dict, where: str) -> tuple[Plan, ...]:
     try:
         plans = tuple(from_json(step["plan"]) for step in trace["steps"])
         for plan in plans:
+            if not isinstance(plan, Plan):
+                raise ValueError(f"a {type(plan).__name__}")
             check(plan, trace["depth"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where} holds a step that is no plan ({error}); make it again") from None

@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidit.attention import FULL, AttnOp, attention, merge_heads, split_heads
+from minidit.attention import FULL, Backend, Full, Sliced, attend, merge_heads, split_heads
 from minidit.cache.loop import BlockCache, Lane, run_blocks
-from minidit.layers import LayerNorm, Mlp, TimeMlp, timestep_sinusoid
+from minidit.layers import LayerNorm, Linear, Mlp, TimeMlp, timestep_sinusoid
 from minidit.presets import CogVideoXConfig
-from minidit_kernels.modulate import gated_residual, modulate
-from minidit_kernels.qk_norm_rope import rope
+from minidit_kernels.modulate import gated_residual, layer_norm
 
 QK_EPS = 1e-6
 SINCOS_SPACING = 1.875  # tokens per unit of the spatial axes of the 2B position table
@@ -32,7 +31,7 @@ class Context:
     rope: tuple[Tensor, Tensor] | None  # cos, sin (L + M, K/2) fp32; text rows are not rotated
     positions: Tensor | None  # (L, D), added to the video tokens
     text: Tensor  # (B, M, D)
-    attention: str  # backend
+    attention: Backend
     residual: torch.dtype  # of h
 
     @property
@@ -53,7 +52,8 @@ class Cond:
     """A step's conditioning, the same for every block: the context and what depends on t."""
 
     context: Context
-    time: Tensor  # (B, F), after SiLU
+    time: Tensor  # (B, F)
+    vec: Tensor  # (B, F), SiLU of it
     dtype: torch.dtype  # of the matrix products
 
     @property
@@ -146,10 +146,13 @@ class AdaptiveNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """x (B, L, D) · shift, scale (B, 1, D) fp32 -> (B, L, D)"""
-        gain = self.weight.float() * (1 + scale)  # the affine and the modulation are one
-        return modulate(x, gain - 1, self.bias.float() * (1 + scale) + shift, eps=self.eps, dtype=dtype)
+    def forward(
+        self, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype, split: int | None = None
+    ) -> Tensor:
+        """x (B, L, D) · shift, scale (B, 1, D) fp32, or (B, 2, D) of tokens before and from `split` on"""
+        weight = self.weight.float() * (1 + scale)  # the affine and the modulation are one
+        bias = self.bias.float() * (1 + scale) + shift
+        return layer_norm(x, weight, bias, eps=self.eps, dtype=dtype, split=split)
 
 
 class Attention(nn.Module):
@@ -158,23 +161,24 @@ class Attention(nn.Module):
     def __init__(self, config: CogVideoXConfig):
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
         self.q_norm = LayerNorm(config.width // config.heads, QK_EPS)
         self.k_norm = LayerNorm(config.width // config.heads, QK_EPS)
-        self.out = nn.Linear(config.width, config.width)
+        self.out = Linear(config.width, config.width)
 
-    def queries_keys_values(self, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L + M, D) -> q, k, v (B, N, L + M, K), as they enter the scores"""
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        q, k = self.q_norm(q, v.dtype), self.k_norm(k, v.dtype)
-        if (angles := cond.context.rope) is not None:
-            q, k = rope(q, *angles).to(v.dtype), rope(k, *angles).to(v.dtype)
-        return q, k, v
+    def queries_keys_values(
+        self, x: Tensor, cond: Cond, how: Full | Sliced = FULL
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L + M, D) -> q, k (B, N, L + M, K or R) and v (B, N, L + M, K), as they enter the scores"""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, L + M, D)
+        basis_q, basis_k = how.bases
+        q = self.q_norm.into_heads(q, self.heads, cond.context.rope, basis_q)
+        k = self.k_norm.into_heads(k, self.heads, cond.context.rope, basis_k)
+        return q, k, split_heads(v, self.heads)
 
-    def forward(self, x: Tensor, cond: Cond, *, how: AttnOp = FULL) -> Tensor:
-        q, k, v = self.queries_keys_values(x, cond)
-        q, k = how.prepare(q, k)  # (B, N, L + M, R)
-        x = attention(q, k, v, scale=v.shape[-1] ** -0.5, backend=cond.context.attention)
+    def forward(self, x: Tensor, cond: Cond, *, how: Full | Sliced = FULL) -> Tensor:
+        q, k, v = self.queries_keys_values(x, cond, how)
+        x = attend(q, k, v, how, scale=v.shape[-1] ** -0.5, backend=cond.context.attention)
         return self.out(merge_heads(x))
 
 
@@ -190,25 +194,13 @@ class CogVideoXBlock(nn.Module):
         self.mlp = Mlp(config.width, config.mlp_width)
 
     def forward(self, h: Tensor, cond: Cond, cache: BlockCache) -> Tensor:
-        mod = self.mod(cond.time).float()[:, None].chunk(12, dim=-1)  # twelve (B, 1, D)
-        first, second = (
-            (mod[0:3], mod[6:9]),
-            (mod[3:6], mod[9:12]),
-        )  # (shift, scale, gate) of video and of text
-        x = self.modulated(self.norm1, h, first, cond)  # (B, L + M, D)
-        h = self.gated(h, first, cache.run("attn", self.attn, x, cond), cond)
-        x = self.modulated(self.norm2, h, second, cond)
-        return self.gated(h, second, cache.run("mlp", self.mlp, x), cond)
-
-    def modulated(
-        self, norm: AdaptiveNorm, h: Tensor, mods: Sequence[Sequence[Tensor]], cond: Cond
-    ) -> Tensor:
-        parts = zip(h.split(cond.streams, dim=1), mods, strict=True)
-        return torch.cat([norm(part, shift, scale, cond.dtype) for part, (shift, scale, _) in parts], dim=1)
-
-    def gated(self, h: Tensor, mods: Sequence[Sequence[Tensor]], out: Tensor, cond: Cond) -> Tensor:
-        parts = zip(h.split(cond.streams, dim=1), mods, out.split(cond.streams, dim=1), strict=True)
-        return torch.cat([gated_residual(part, gate, new) for part, (_, _, gate), new in parts], dim=1)
+        mod = self.mod(cond.vec).float().unflatten(1, (2, 6, -1))  # of video and of text, six (D) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(2)  # six (B, 2, D), fp32
+        split, _ = cond.streams
+        x = self.norm1(h, shift1, scale1, cond.dtype, split)  # (B, L + M, D)
+        h = gated_residual(h, gate1, cache.run("attn", self.attn, x, cond), split=split)
+        x = self.norm2(h, shift2, scale2, cond.dtype, split)
+        return gated_residual(h, gate2, cache.run("mlp", self.mlp, x), split=split)
 
 
 class Head(nn.Module):
@@ -220,12 +212,12 @@ class Head(nn.Module):
         self.norm1 = LayerNorm(config.width, config.eps)
         self.mod = nn.Linear(config.time_width, 2 * config.width)
         self.norm2 = AdaptiveNorm(config.width, config.eps)
-        self.out = nn.Linear(config.width, cells)
+        self.out = Linear(config.width, cells)
 
     def forward(self, h: Tensor, cond: Cond) -> Tensor:
         """h (B, L + M, D) -> v-prediction (B, C, T, H, W) fp32"""
         video = self.norm1(h[:, : cond.context.video_tokens], cond.dtype)  # (B, L, D)
-        shift, scale = self.mod(cond.time).float()[:, None].chunk(2, dim=-1)  # (B, 1, D) each
+        shift, scale = self.mod(cond.vec).float()[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         y = self.out(self.norm2(video, shift, scale, cond.dtype)).float()
         (t, th, tw), (pt, ph, pw) = cond.context.grid, self.patch
         y = y.reshape(-1, t, th, tw, y.shape[-1] // (pt * ph * pw), pt, ph, pw)
@@ -242,8 +234,8 @@ class CogVideoX(nn.Module):
         super().__init__()
         self.config = config
         cells = config.channels * config.patch[0] * config.patch[1] * config.patch[2]  # values per token
-        self.patch_in = nn.Linear(cells, config.width)
-        self.text_in = nn.Linear(config.text_width, config.width)
+        self.patch_in = Linear(cells, config.width)
+        self.text_in = Linear(config.text_width, config.width)
         self.time_mlp = TimeMlp(config.width, config.time_width)
         self.blocks = nn.ModuleList(CogVideoXBlock(config) for _ in range(config.depth))
         self.head = Head(config, cells)
@@ -303,7 +295,7 @@ class CogVideoX(nn.Module):
             video = video + context.positions
         h = torch.cat((video.to(context.residual), context.text), dim=1)
         time = self.time_mlp(timestep_sinusoid(t, self.config.width))  # (B, F)
-        return h, Cond(context, F.silu(time), self.dtype)
+        return h, Cond(context, time, F.silu(time), self.dtype)
 
     def forward(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
         """Predict v.

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidit.attention import FULL, AttnOp, attention
+from minidit.attention import FULL, AttnOp, Backend, Full, Sliced, attend, attention, merge_heads, split_heads
 from minidit.cache.loop import BlockCache, Lane, run_blocks
-from minidit.layers import LayerNorm, Mlp, RMSNorm, TimeMlp, rope_axis
+from minidit.layers import LayerNorm, Linear, Mlp, RMSNorm, TimeMlp, rope_axis
 from minidit.presets import HunyuanVideoConfig
 from minidit_kernels.modulate import gated_residual, modulate
-from minidit_kernels.qk_norm_rope import rope
+from minidit_kernels.qk_norm_rope import Rope, like_heads
 
 Text = tuple[Tensor, Tensor]  # language model states (M, text_width), CLIP's pooled vector (pooled_width,)
 
@@ -30,8 +30,9 @@ class BlockCond:
     """What one block sees beside h."""
 
     vec: Tensor  # (B, D), SiLU of the conditioning vector
-    rope: tuple[Tensor, Tensor]  # cos, sin (L, K/2) fp32, of the video tokens
-    attention: str  # backend
+    rope: Rope  # cos, sin (L, K/2) fp32, of the video tokens
+    text_tokens: int  # M
+    attention: Backend
     dtype: torch.dtype  # of the matrix products
 
     @property
@@ -46,11 +47,11 @@ class Context:
 
     branches: tuple[str, ...]  # one name per batch row
     grid: tuple[int, int, int]  # tokens along (T, H, W)
-    rope: tuple[Tensor, Tensor]
+    rope: Rope
     text: tuple[Tensor, ...]  # (M, D) per branch, M its own: rows on their way into the refiner
     text_vec: Tensor  # (B, D), what the refiner knows of all rows together
     vec: Tensor  # (B, D), of pooled text and guidance
-    attention: str
+    attention: Backend
     residual: torch.dtype  # of h
 
     def select(self, branches: Sequence[str]) -> "Context":
@@ -75,8 +76,14 @@ class Cond:
     vec: Tensor  # (B, D), SiLU of the conditioning vector
     dtype: torch.dtype
 
+    @property
+    def time(self) -> Tensor:
+        """What plans call TIME: the timestep, with pooled text and guidance."""
+        return self.vec
+
     def at(self, block: int) -> BlockCond:
-        return BlockCond(self.vec, self.context.rope, self.context.attention, self.dtype)
+        context = self.context
+        return BlockCond(self.vec, context.rope, len(context.text[0]), context.attention, self.dtype)
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
@@ -107,37 +114,15 @@ def rope_table(
     return angle.cos().float(), angle.sin().float()
 
 
-def rope_video(x: Tensor, cond: BlockCond) -> Tensor:
-    """Rotate the video rows; text has no positions. x (B, N, L + M, K) -> the same shape and dtype"""
-    video, text = x[:, :, : cond.video_tokens], x[:, :, cond.video_tokens :]
-    return torch.cat((rope(video, *cond.rope).to(x.dtype), text), dim=2)
-
-
-def modulate_streams(h: Tensor, mods: Sequence[tuple[Tensor, Tensor]], cond: BlockCond, eps: float) -> Tensor:
-    """Norm and modulate video and text rows, each with its own (scale, shift). h (B, L + M, D)"""
-    streams = h[:, : cond.video_tokens], h[:, cond.video_tokens :]
-    parts = [modulate(x, *mod, eps=eps, dtype=cond.dtype) for x, mod in zip(streams, mods, strict=True)]
-    return torch.cat(parts, dim=1)
-
-
-def gate_streams(h: Tensor, gates: Sequence[Tensor], x: Tensor, cond: BlockCond) -> Tensor:
-    """h + gate * x with a gate for the video and one for the text rows. h, x (B, L + M, D)"""
-    n = cond.video_tokens
-    video, text = gates
-    return torch.cat(
-        (gated_residual(h[:, :n], video, x[:, :n]), gated_residual(h[:, n:], text, x[:, n:])), dim=1
-    )
-
-
 class Modulation(nn.Linear):
-    """A linear layer to `count` modulation vectors. vec (B, D), after SiLU -> count of (B, 1, D) fp32"""
+    """A linear layer to `count` modulation vectors. vec (B, D), after SiLU -> (B, 1, count, D) fp32"""
 
     def __init__(self, width: int, count: int):
         super().__init__(width, count * width)
         self.count = count
 
-    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return super().forward(vec).float().unsqueeze(1).chunk(self.count, dim=-1)
+    def forward(self, vec: Tensor) -> Tensor:
+        return super().forward(vec).float().unflatten(-1, (1, self.count, -1))
 
 
 class Projections(nn.Module):
@@ -147,34 +132,45 @@ class Projections(nn.Module):
         super().__init__()
         head_width = config.width // config.heads
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
         self.q_norm = RMSNorm(head_width, config.eps)
         self.k_norm = RMSNorm(head_width, config.eps)
-        self.out = nn.Linear(config.width, config.width)
+        self.out = Linear(config.width, config.width)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, D) -> q, k, v (B, N, L, K), not yet rotated"""
-        q, k, v = rearrange(self.qkv(x), "b l (three n k) -> three b n l k", three=3, n=self.heads)
-        return self.q_norm(q), self.k_norm(k), v
+    def split(
+        self,
+        x: Tensor,
+        rope: Rope | None,
+        how: Full | Sliced,
+        out: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D) -> q, k (B, N, L, K or R) and v (B, N, L, K), as they enter the scores
+
+        out: where q and k go
+        """
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, L, D)
+        basis_q, basis_k = how.bases
+        q = self.q_norm.into_heads(q, self.heads, rope, basis_q, out[0])
+        k = self.k_norm.into_heads(k, self.heads, rope, basis_k, out[1])
+        return q, k, split_heads(v, self.heads)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, how: AttnOp, backend: str) -> Tensor:
+def attend_all(q: Tensor, k: Tensor, v: Tensor, how: AttnOp, backend: str) -> Tensor:
     """-> (B, L + M, D)"""
-    q, k = how.prepare(q, k)  # (B, N, L + M, R)
-    out = attention(q, k, v, scale=v.shape[-1] ** -0.5, backend=backend)
-    return rearrange(out, "b n l k -> b l (n k)")
+    return merge_heads(attend(q, k, v, how, scale=v.shape[-1] ** -0.5, backend=backend))
 
 
 class SingleAttention(Projections):
     """Attention among all tokens, projected by one set of weights."""
 
-    def queries_keys_values(self, x: Tensor, cond: BlockCond) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L + M, D) -> q, k, v (B, N, L + M, K), as they enter the scores"""
-        q, k, v = self.split(x)
-        return rope_video(q, cond), rope_video(k, cond), v
+    def queries_keys_values(
+        self, x: Tensor, cond: BlockCond, how: Full | Sliced = FULL
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L + M, D) -> q, k (B, N, L + M, K or R) and v, as they enter the scores"""
+        return self.split(x, cond.rope, how)
 
-    def forward(self, x: Tensor, cond: BlockCond, *, how: AttnOp = FULL) -> Tensor:
-        return self.out(attend(*self.queries_keys_values(x, cond), how, cond.attention))
+    def forward(self, x: Tensor, cond: BlockCond, *, how: Full | Sliced = FULL) -> Tensor:
+        return self.out(attend_all(*self.queries_keys_values(x, cond, how), how, cond.attention))
 
 
 class DoubleAttention(nn.Module):
@@ -184,21 +180,25 @@ class DoubleAttention(nn.Module):
         super().__init__()
         self.video, self.text = Projections(config), Projections(config)
 
-    def queries_keys_values(self, x: Tensor, cond: BlockCond) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L + M, D) -> q, k, v (B, N, L + M, K), as they enter the scores"""
-        n = cond.video_tokens
-        pairs = zip(self.video.split(x[:, :n]), self.text.split(x[:, n:]), strict=True)
-        q, k, v = (torch.cat(pair, dim=2) for pair in pairs)
-        return rope_video(q, cond), rope_video(k, cond), v
+    def queries_keys_values(
+        self, x: Tensor, cond: BlockCond, how: Full | Sliced = FULL
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L + M, D) -> q, k (B, N, L + M, K or R) and v, as they enter the scores"""
+        n, heads = cond.video_tokens, self.video.heads
+        widths = [x.shape[2] // heads if basis is None else basis.shape[2] for basis in how.bases]
+        q, k = (like_heads(x, heads, width) for width in widths)  # both streams write there
+        parts = (self.video, slice(0, n), cond.rope), (self.text, slice(n, None), None)
+        split = lambda part, rows, rope: part.split(x[:, rows], rope, how, (q[:, :, rows], k[:, :, rows]))
+        return q, k, torch.cat([split(*part)[2] for part in parts], dim=2)
 
-    def forward(self, x: Tensor, cond: BlockCond, *, how: AttnOp = FULL) -> Tensor:
+    def forward(self, x: Tensor, cond: BlockCond, *, how: Full | Sliced = FULL) -> Tensor:
         n = cond.video_tokens
-        y = attend(*self.queries_keys_values(x, cond), how, cond.attention)
+        y = attend_all(*self.queries_keys_values(x, cond, how), how, cond.attention)
         return torch.cat((self.video.out(y[:, :n]), self.text.out(y[:, n:])), dim=1)
 
 
 class DoubleMlp(nn.Module):
-    """An MLP for the video rows and one for the text rows. x (B, L + M, D)"""
+    """An MLP for the video rows, or some of them, and one for the text rows. x (B, L + M, D)"""
 
     def __init__(self, config: HunyuanVideoConfig):
         super().__init__()
@@ -206,7 +206,7 @@ class DoubleMlp(nn.Module):
         self.text = Mlp(config.width, config.mlp_width)
 
     def forward(self, x: Tensor, cond: BlockCond) -> Tensor:
-        n = cond.video_tokens
+        n = x.shape[1] - cond.text_tokens
         return torch.cat((self.video(x[:, :n]), self.text(x[:, n:])), dim=1)
 
 
@@ -215,11 +215,11 @@ class SingleMlp(nn.Module):
 
     def __init__(self, config: HunyuanVideoConfig):
         super().__init__()
-        self.up = nn.Linear(config.width, config.mlp_width)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.up = Linear(config.width, config.mlp_width)
+        self.down = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(self.up(x, gelu=True))
 
 
 class DoubleBlock(nn.Module):
@@ -233,11 +233,13 @@ class DoubleBlock(nn.Module):
         self.mlp = DoubleMlp(config)
 
     def forward(self, h: Tensor, cond: BlockCond, cache: BlockCache) -> Tensor:
-        mods = [self.mod[name](cond.vec) for name in ("video", "text")]  # six (B, 1, D) each
-        x = modulate_streams(h, [(scale, shift) for shift, scale, *_ in mods], cond, self.eps)
-        h = gate_streams(h, [mod[2] for mod in mods], cache.run("attn", self.attn, x, cond), cond)
-        x = modulate_streams(h, [(scale, shift) for *_, shift, scale, _ in mods], cond, self.eps)
-        return gate_streams(h, [mod[5] for mod in mods], cache.run("mlp", self.mlp, x, cond), cond)
+        mod = torch.cat([self.mod[name](cond.vec) for name in ("video", "text")], dim=1)  # (B, 2, 6, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(2)  # six (B, 2, D)
+        split = cond.video_tokens
+        x = modulate(h, scale1, shift1, eps=self.eps, dtype=cond.dtype, split=split)  # (B, L + M, D)
+        h = gated_residual(h, gate1, cache.run("attn", self.attn, x, cond), split=split)
+        x = modulate(h, scale2, shift2, eps=self.eps, dtype=cond.dtype, split=split)
+        return gated_residual(h, gate2, cache.run("mlp", self.mlp, x, cond), split=split)
 
 
 class SingleBlock(nn.Module):
@@ -251,7 +253,7 @@ class SingleBlock(nn.Module):
         self.mlp = SingleMlp(config)
 
     def forward(self, h: Tensor, cond: BlockCond, cache: BlockCache) -> Tensor:
-        shift, scale, gate = self.mod(cond.vec)
+        shift, scale, gate = self.mod(cond.vec).unbind(2)  # three (B, 1, D)
         x = modulate(h, scale, shift, eps=self.eps, dtype=cond.dtype)  # (B, L + M, D)
         out = cache.run("attn", self.attn, x, cond) + cache.run("mlp", self.mlp, x)
         return gated_residual(h, gate, out)
@@ -262,8 +264,8 @@ class RefinerMlp(nn.Module):
 
     def __init__(self, config: HunyuanVideoConfig):
         super().__init__()
-        self.up = nn.Linear(config.width, config.mlp_width)
-        self.down = nn.Linear(config.mlp_width, config.width)
+        self.up = Linear(config.width, config.mlp_width)
+        self.down = Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.up(x)))
@@ -276,15 +278,15 @@ class RefinerBlock(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.norm1 = LayerNorm(config.width, config.eps)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
         self.norm2 = LayerNorm(config.width, config.eps)
         self.mlp = RefinerMlp(config)
         self.mod = Modulation(config.width, 2)
 
     def forward(self, text: Tensor, vec: Tensor) -> Tensor:
         """text (B, M, D) · vec (B, D), after SiLU -> (B, M, D)"""
-        gate1, gate2 = self.mod(vec)
+        gate1, gate2 = self.mod(vec).unbind(2)
         qkv = self.qkv(self.norm1(text, text.dtype))
         q, k, v = rearrange(qkv, "b m (three n k) -> three b n m k", three=3, n=self.heads)
         x = rearrange(attention(q, k, v), "b n m k -> b m (n k)")
@@ -297,7 +299,7 @@ class Refiner(nn.Module):
 
     def __init__(self, config: HunyuanVideoConfig):
         super().__init__()
-        self.text_in = nn.Linear(config.text_width, config.width)
+        self.text_in = Linear(config.text_width, config.width)
         self.text_mlp = TimeMlp(config.text_width, config.width)
         self.time_mlp = TimeMlp(config.freq_width, config.width)
         self.blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.refiner_depth))
@@ -317,12 +319,12 @@ class Head(nn.Module):
         super().__init__()
         self.patch, self.eps = config.patch, config.eps
         self.mod = Modulation(config.width, 2)
-        self.out = nn.Linear(config.width, cells)
+        self.out = Linear(config.width, cells)
 
     def forward(self, h: Tensor, cond: Cond) -> Tensor:
         """h (B, L + M, D) -> velocity (B, C, T, H, W) fp32"""
         (t, th, tw), (pt, ph, pw) = cond.context.grid, self.patch
-        shift, scale = self.mod(cond.vec)
+        shift, scale = self.mod(cond.vec).unbind(2)
         y = self.out(modulate(h[:, : t * th * tw], scale, shift, eps=self.eps, dtype=cond.dtype)).float()
         y = y.reshape(-1, t, th, tw, y.shape[-1] // (pt * ph * pw), pt, ph, pw)
         return rearrange(y, "b t h w c pt ph pw -> b c (t pt) (h ph) (w pw)")
@@ -338,7 +340,7 @@ class HunyuanVideo(nn.Module):
         super().__init__()
         self.config = config
         cells = config.channels * config.patch[0] * config.patch[1] * config.patch[2]
-        self.patch_in = nn.Linear(cells, config.width)
+        self.patch_in = Linear(cells, config.width)
         self.time_mlp = TimeMlp(config.freq_width, config.width)
         self.pooled_mlp = TimeMlp(config.pooled_width, config.width)
         self.guidance_mlp = TimeMlp(config.freq_width, config.width)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidit.attention import FoldableAttention, TextAttention
+from minidit.attention import Backend, FoldableAttention, TextAttention
 from minidit.cache.loop import BlockCache, Lane, run_blocks
-from minidit.layers import Mlp, TimeMlp, take_rows, timestep_sinusoid
+from minidit.layers import Linear, Mlp, TimeMlp, take_rows, timestep_sinusoid
 from minidit.presets import LatteConfig
 from minidit_kernels.modulate import gated_residual, modulate
 
@@ -28,7 +28,7 @@ class BlockCond:
     frames: int  # T
     frame_positions: Tensor | None  # (T, D) fp32, added between the halves of block 0
     has_time: bool  # the temporal half runs
-    attention: str  # backend
+    attention: Backend
     dtype: torch.dtype  # of the matrix products
 
 
@@ -42,7 +42,7 @@ class Context:
     frame_positions: Tensor | None  # (T, D) fp32; an image has none
     has_time: bool
     text_kv: tuple[tuple[Tensor, Tensor], ...]  # per block; text does not change over steps, so this is exact
-    attention: str
+    attention: Backend
     residual: torch.dtype  # of h
 
     def select(self, branches: Sequence[str]) -> "Context":
@@ -145,7 +145,7 @@ class Head(nn.Module):
         super().__init__()
         self.patch, self.eps, self.channels = config.patch, config.eps, config.channels
         self.mod = nn.Parameter(modulation_table(2, config.width))
-        self.out = nn.Linear(config.width, config.patch**2 * config.out_channels)
+        self.out = Linear(config.width, config.patch**2 * config.out_channels)
 
     def everything(self, h: Tensor, cond: Cond) -> Tensor:
         """h (B, L, D) -> predicted noise, then the learned variance (B, C_out, T, H, W) fp32"""
@@ -169,7 +169,7 @@ class Latte(nn.Module):
     def __init__(self, config: LatteConfig):
         super().__init__()
         self.config = config
-        self.patch_in = nn.Linear(config.channels * config.patch**2, config.width)
+        self.patch_in = Linear(config.channels * config.patch**2, config.width)
         self.text_mlp = Mlp(config.text_width, config.width, config.width)
         self.time_mlp = TimeMlp(config.freq_width, config.width)
         self.time_mod = nn.Linear(config.width, 6 * config.width)

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidit.attention import AxisAttention, TextAttention, split_heads
+from minidit.attention import FULL, AxisAttention, Backend, Full, Sliced, TextAttention, split_heads
 from minidit.cache.loop import BlockCache, Lane, run_blocks
-from minidit.layers import Mlp, RMSNorm, TimeMlp, rope_axis, take_rows, timestep_sinusoid
+from minidit.layers import Linear, Mlp, RMSNorm, TimeMlp, rope_axis, take_rows, timestep_sinusoid
 from minidit.presets import OpenSoraConfig
 from minidit_kernels.modulate import gated_residual, modulate
-from minidit_kernels.qk_norm_rope import rope
 
 KV = tuple[Tensor, Tensor]  # keys and values of the text, (B, N, M, K) each
 
@@ -40,7 +39,7 @@ class BlockCond:
     text_kv: tuple[KV, KV]  # of the spatial and of the temporal half
     frames: int  # T
     rope: tuple[Tensor, Tensor]  # cos, sin (T, K/2) fp32, over time
-    attention: str  # backend
+    attention: Backend
     dtype: torch.dtype  # of the matrix products
 
 
@@ -58,7 +57,7 @@ class Context:
         Tensor | None
     )  # (T,) in [0, 1]: a frame is noisy from t = 1000 * mask on, until then it is given
     text_kv: tuple[tuple[KV, KV], ...]  # per block; text does not change over steps, so this is exact
-    attention: str
+    attention: Backend
     residual: torch.dtype  # of h
 
     def select(self, branches: Sequence[str]) -> "Context":
@@ -131,14 +130,15 @@ class SelfAttention(AxisAttention):
         self.q_norm = RMSNorm(config.width // config.heads, config.eps)
         self.k_norm = RMSNorm(config.width // config.heads, config.eps)
 
-    def queries_keys_values(self, x: Tensor, cond: BlockCond) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T*S, D) -> q, k, v, as they enter the scores: (B*T, N, S, K) or (B*S, N, T, K)"""
-        parts = self.qkv(self.groups(x, cond.frames)).chunk(3, dim=-1)
-        q, k, v = (split_heads(part, self.heads) for part in parts)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.axis == "time":
-            q, k = rope(q, *cond.rope).to(v.dtype), rope(k, *cond.rope).to(v.dtype)
-        return q, k, v
+    def queries_keys_values(
+        self, x: Tensor, cond: BlockCond, how: Full | Sliced = FULL
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T*S, D) -> q, k, v, as they enter the scores: (B*T, N, S, K or R) or (B*S, N, T, K or R)"""
+        q, k, v = self.qkv(self.groups(x, cond.frames)).chunk(3, dim=-1)
+        rope, (basis_q, basis_k) = cond.rope if self.axis == "time" else None, how.bases
+        q = self.q_norm.into_heads(q, self.heads, rope, basis_q)
+        k = self.k_norm.into_heads(k, self.heads, rope, basis_k)
+        return q, k, split_heads(v, self.heads)
 
 
 class OpenSoraBlock(nn.Module):
@@ -181,7 +181,7 @@ class Head(nn.Module):
         super().__init__()
         self.patch, self.eps, self.channels = config.patch, config.eps, config.channels
         self.mod = nn.Parameter(modulation_table(2, config.width))
-        self.out = nn.Linear(config.width, config.patch**2 * config.out_channels)
+        self.out = Linear(config.width, config.patch**2 * config.out_channels)
 
     def everything(self, h: Tensor, cond: Cond) -> Tensor:
         """h (B, L, D) -> x0 - noise, as in the original, and unused channels (B, C_out, T, H, W) fp32
@@ -209,7 +209,7 @@ class OpenSora(nn.Module):
     def __init__(self, config: OpenSoraConfig):
         super().__init__()
         self.config = config
-        self.patch_in = nn.Linear(config.channels * config.patch**2, config.width)
+        self.patch_in = Linear(config.channels * config.patch**2, config.width)
         self.text_mlp = Mlp(config.text_width, config.width, config.width)
         self.null_text = nn.Parameter(torch.zeros(config.text_len, config.text_width))  # of no prompt
         self.time_mlp = TimeMlp(config.freq_width, config.width)

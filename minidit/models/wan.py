@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidit.attention import FULL, AttnOp, attention, merge_heads, split_heads
+from minidit.attention import FULL, Backend, Full, Sliced, attend, attention, merge_heads, split_heads
 from minidit.cache.loop import BlockCache, Lane, run_blocks
-from minidit.layers import LayerNorm, Mlp, RMSNorm, TimeMlp, rope_axis, take_rows, timestep_sinusoid
+from minidit.layers import LayerNorm, Linear, Mlp, RMSNorm, TimeMlp, rope_axis, take_rows, timestep_sinusoid
 from minidit.presets import WanConfig
 from minidit_kernels.modulate import gated_residual, modulate
-from minidit_kernels.qk_norm_rope import rope
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class BlockCond:
     mod: Tensor  # (B, 6, D) fp32
     rope: tuple[Tensor, Tensor]  # cos, sin (L, K/2) fp32
     text_kv: tuple[Tensor, Tensor]  # (B, N, M, K) each
-    attention: str  # backend
+    attention: Backend
     dtype: torch.dtype  # of the matrix products
 
 
@@ -35,7 +34,7 @@ class Context:
     grid: tuple[int, int, int]  # tokens along (T, H, W)
     rope: tuple[Tensor, Tensor]
     text_kv: tuple[tuple[Tensor, Tensor], ...]  # per block; text does not change over steps, so this is exact
-    attention: str
+    attention: Backend
     residual: torch.dtype  # of h; float32 reproduces the original, the run dtype halves its traffic
 
     def select(self, branches: Sequence[str]) -> "Context":
@@ -92,22 +91,24 @@ class SelfAttention(nn.Module):
     def __init__(self, config: WanConfig):
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
         self.q_norm = RMSNorm(config.width, config.eps)
         self.k_norm = RMSNorm(config.width, config.eps)
-        self.out = nn.Linear(config.width, config.width)
+        self.out = Linear(config.width, config.width)
 
-    def queries_keys_values(self, x: Tensor, cond: BlockCond) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, D) -> q, k, v (B, N, L, K), as they enter the scores"""
+    def queries_keys_values(
+        self, x: Tensor, cond: BlockCond, how: Full | Sliced = FULL
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D) -> q, k (B, N, L, K or R) and v (B, N, L, K), as they enter the scores"""
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, L, D)
-        q = rope(split_heads(self.q_norm(q), self.heads), *cond.rope).to(v.dtype)  # (B, N, L, K)
-        k = rope(split_heads(self.k_norm(k), self.heads), *cond.rope).to(v.dtype)
+        basis_q, basis_k = how.bases
+        q = self.q_norm.into_heads(q, self.heads, cond.rope, basis_q)
+        k = self.k_norm.into_heads(k, self.heads, cond.rope, basis_k)
         return q, k, split_heads(v, self.heads)
 
-    def forward(self, x: Tensor, cond: BlockCond, *, how: AttnOp = FULL) -> Tensor:
-        q, k, v = self.queries_keys_values(x, cond)
-        q, k = how.prepare(q, k)  # (B, N, L, R)
-        x = attention(q, k, v, scale=v.shape[-1] ** -0.5, backend=cond.attention)
+    def forward(self, x: Tensor, cond: BlockCond, *, how: Full | Sliced = FULL) -> Tensor:
+        q, k, v = self.queries_keys_values(x, cond, how)
+        x = attend(q, k, v, how, scale=v.shape[-1] ** -0.5, backend=cond.attention)
         return self.out(merge_heads(x))
 
 
@@ -117,19 +118,19 @@ class CrossAttention(nn.Module):
     def __init__(self, config: WanConfig):
         super().__init__()
         self.heads = config.heads
-        self.q = nn.Linear(config.width, config.width)
-        self.kv = nn.Linear(config.width, 2 * config.width)
+        self.q = Linear(config.width, config.width)
+        self.kv = Linear(config.width, 2 * config.width)
         self.q_norm = RMSNorm(config.width, config.eps)
         self.k_norm = RMSNorm(config.width, config.eps)
-        self.out = nn.Linear(config.width, config.width)
+        self.out = Linear(config.width, config.width)
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """text (B, M, D) -> keys and values (B, N, M, K)"""
         k, v = self.kv(text).chunk(2, dim=-1)
-        return split_heads(self.k_norm(k), self.heads), split_heads(v, self.heads)
+        return self.k_norm.into_heads(k, self.heads), split_heads(v, self.heads)
 
     def forward(self, x: Tensor, cond: BlockCond) -> Tensor:
-        q = split_heads(self.q_norm(self.q(x)), self.heads)  # (B, N, L, K)
+        q = self.q_norm.into_heads(self.q(x), self.heads)  # (B, N, L, K)
         return self.out(merge_heads(attention(q, *cond.text_kv, backend=cond.attention)))
 
 
@@ -162,7 +163,7 @@ class Head(nn.Module):
         super().__init__()
         self.patch, self.eps = config.patch, config.eps
         self.mod = nn.Parameter(modulation_table(2, config.width))
-        self.out = nn.Linear(config.width, cells)
+        self.out = Linear(config.width, cells)
 
     def forward(self, h: Tensor, cond: Cond) -> Tensor:
         """h (B, L, D) -> velocity (B, C, T, H, W) fp32"""
@@ -186,7 +187,7 @@ class Wan(nn.Module):
         cells = (
             config.channels * config.patch[0] * config.patch[1] * config.patch[2]
         )  # latent values per token
-        self.patch_in = nn.Linear(cells, config.width)
+        self.patch_in = Linear(cells, config.width)
         self.text_mlp = Mlp(config.text_width, config.width, config.width)
         self.time_mlp = TimeMlp(config.freq_width, config.width)
         self.time_mod = nn.Linear(config.width, 6 * config.width)

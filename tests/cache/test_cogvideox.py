@@ -145,7 +145,7 @@ class UnrolledCogVideoX(UnrolledRun):
 
     def block(self, k: int, block, h: Tensor, cond, i: int, branch: str) -> Tensor:
         d = h.shape[-1]
-        mod = block.mod(cond.time)[:, None]
+        mod = block.mod(cond.vec)[:, None]
         for place, (name, norm) in enumerate((("attn", block.norm1), ("mlp", block.norm2))):
             shift, scale, gate = (
                 torch.cat(

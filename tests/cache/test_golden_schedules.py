@@ -1,164 +1,179 @@
-"""Published schedules of other methods in our vocabulary: each policy is a few lines, and acts as published.
+"""Published schedules: rivals compute the steps that their published rules compute.
 
-golden_schedules.json holds MagCache's ratios and the steps that its rule computes, and those of BlockDance,
-TaylorSeer and FasterCache.
+golden_schedules.json holds the steps of MagCache, BlockDance, TaylorSeer and FasterCache. Those of PAB are
+derived below from VideoSys' rule with a pencil.
 """
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
 
-import minidit
-from minidit.cache.plan import CFG_DELTA, REUSE, RUN_ALL, Add, Load, Mix, Need, Plan, Run, h, residual, runs
-from minidit.settings import Choices
+from minidit.cache.plan import Plan, RunInfo, runs
+from minidit.cache.policies.blockdance import BlockDance
+from minidit.cache.policies.fastercache import FasterCache
+from minidit.cache.policies.magcache import MagCache, nearest, skipped_steps
+from minidit.cache.policies.magcache_ratios import RATIOS
+from minidit.cache.policies.pab import PAB
+from minidit.cache.policies.taylorseer import TaylorSeer
+from minidit.presets import PRESETS, ScheduleConfig
+from minidit.schedules import Step, make_schedule, make_table_schedule
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
-DEPTH = 8
+BOTH = ("cond", "uncond")
 
 
-class MagCache:
-    """Skip while the accumulated error of the published magnitude ratios stays below a threshold."""
-
-    def __init__(self, ratios, first: int, threshold: float, most: int, inclusive: bool, signed: bool):
-        self.ratios, self.first, self.threshold, self.most = ratios, first, threshold, most
-        self.inclusive, self.signed = inclusive, signed
-
-    def reset(self, run):
-        self.magnitude, self.error, self.skipped = 1.0, 0.0, 0
-        site = residual(0, run.depth)
-        self.full, self.skip = Plan(keep=(site,)), Plan(path=(Add(site),), label="skip")
-        return (Need(site),)
-
-    def plan(self, step):
-        if step.i < self.first:
-            return self.full
-        self.magnitude *= self.ratios[step.i]
-        self.skipped += 1
-        self.error += 1 - self.magnitude if self.signed else abs(1 - self.magnitude)
-        below = self.error <= self.threshold if self.inclusive else self.error < self.threshold
-        if below and self.skipped <= self.most:
-            return self.skip
-        self.magnitude, self.error, self.skipped = 1.0, 0.0, 0
-        return self.full
-
-    def tell(self, step, values):
-        pass
+def run_of(steps: int, family: str = "wan", **changes) -> RunInfo:
+    table = make_schedule(ScheduleConfig(), steps).steps(5.0)
+    subs = ("attn", "mlp") if family == "hunyuan_video" else ("attn", "cross", "mlp")
+    values = {"depth": 28, "subs": subs, "branches": BOTH, **changes}
+    return RunInfo(table, family=family, **values)
 
 
-class Every:
-    """Full steps by a rule of the step alone; in between, what `short` says."""
-
-    def __init__(self, is_full, full: Plan, short: Plan, needs: tuple[Need, ...]):
-        self.is_full, self.full, self.short, self.needs = is_full, full, short, needs
-
-    def reset(self, run):
-        return self.needs
-
-    def plan(self, step):
-        return self.full if self.is_full(step.i, step.n) else self.short
-
-    def tell(self, step, values):
-        pass
+def plans(policy, run: RunInfo) -> list[Plan]:
+    policy.reset(run)
+    found = []
+    for step in run.steps:
+        found.append(policy.plan(step))
+        policy.tell(step, {})
+    return found
 
 
-def blockdance(group: int, start: int, stop: int, block: int) -> Every:
-    """From step `start` on, groups of one full step and group - 1 that resume after `block`."""
-    is_full = lambda i, n: i < start or i >= stop or (i - start) % group == 0
-    state = h(block + 1)
-    resume = Plan(path=(Load(state), Run(block + 1)))
-    return Every(is_full, Plan(keep=(state,)), resume, (Need(state),))
-
-
-def taylor(is_full) -> Every:
-    """The whole stack's residual, continued in a straight line through the last two full steps."""
-    site = residual(0, DEPTH)
-    forecast = Plan(path=(Add(site, Mix((1.5, -0.5))),))
-    return Every(is_full, Plan(keep=(site,)), forecast, (Need(site, 2),))
-
-
-def cond_only(is_full) -> Every:
-    """uncond from the last difference of the branches: FasterCache's schedule, without its frequencies."""
-    short = Plan(branches=("cond",), fill=REUSE)
-    return Every(is_full, Plan(keep=(CFG_DELTA,)), short, (Need(CFG_DELTA),))
-
-
-class Step:
-    def __init__(self, i: int, n: int):
-        self.i, self.n = i, n
-
-
-class Info:
-    depth, branches, steps = DEPTH, ("cond", "uncond"), ()
-
-
-def computed(policy, n: int, branch: str = "cond") -> list[int]:
-    """The steps at which a branch runs every block."""
-    policy.reset(Info)
-    plans = [policy.plan(Step(i, n)) for i in range(n)]
-    full = set(range(DEPTH))
+def computed(policy, run: RunInfo) -> list[int]:
+    """The steps that run every sub-module of every block."""
+    every = set(range(run.depth))
     return [
-        i for i, p in enumerate(plans) if runs(p, DEPTH) == full and branch in (p.branches or Info.branches)
+        i for i, plan in enumerate(plans(policy, run)) if runs(plan, run.depth) == every and not plan.subs
     ]
 
 
-def magcache(name: str) -> tuple[list[MagCache], int]:
-    """The policies of a published setting, one per branch."""
-    model, threshold, most, start = name.split("|")
-    table = GOLDEN["magcache"][model]
-    n, branches = table["steps"], table["branches_interleaved"]
-    is_sora = model.startswith("opensora")
-    first = 6 if is_sora else int(n * float(start[1:]))
-    ratios = ([1.0] if is_sora else table["pad_first"]) + table["ratios"]
-    inclusive = model.startswith(("hunyuan", "opensora"))
-    make = lambda b: MagCache(
-        ratios[b::branches], first, float(threshold[1:]), int(most[1:]), inclusive, is_sora
-    )
-    return [make(b) for b in range(branches)], n
+def magcache(name: str) -> tuple[MagCache, RunInfo]:
+    """A published setting, such as wan2.1-t2v-14b|E0.24|K6|R0.2."""
+    table, threshold, most, retention = name.split("|")
+    found = RATIOS[table]
+    branches = ("cond",) if found.family == "hunyuan_video" else BOTH
+    policy = MagCache(float(threshold[1:]), int(most[1:]), float(retention[1:]), table)
+    return policy, run_of(len(found.cond), found.family, branches=branches)
 
 
-@pytest.mark.parametrize("name", GOLDEN["magcache_computed"])
+@pytest.mark.parametrize("name", GOLDEN["magcache"])
 def test_magcache_computes_the_published_steps(name):
-    policies, n = magcache(name)
-    assert [computed(policy, n) for policy in policies] == GOLDEN["magcache_computed"][name]
+    assert computed(*magcache(name)) == GOLDEN["magcache"][name]
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDEN["magcache"] if name.startswith("wan")])
+def test_magcaches_branches_agree_where_their_settings_are_published(name):
+    """So deciding for both at once changes nothing there."""
+    policy, run = magcache(name)
+    table, n = RATIOS[policy.table], len(run.steps)
+    for ratios in (table.cond, table.uncond):
+        skips = skipped_steps([ratios], int(n * policy.retention), policy.threshold, policy.max_skip)
+        assert [i for i in range(n) if not skips[i]] == GOLDEN["magcache"][name]
+
+
+@pytest.mark.parametrize(
+    "model, tokens, branches, count",
+    [
+        ("wan2.1-t2v-14b", 32760, BOTH, 18),
+        ("wan2.1-t2v-1.3b", 32760, BOTH, 21),
+        ("hunyuan-video", 118800, ("cond",), 19),
+        ("hunyuan-video", 67320, ("cond",), 18),
+        ("open-sora-1.2", 23850, BOTH, 12),
+    ],
+)
+def test_magcache_knows_the_releases_own_setting(model, tokens, branches, count):
+    n = 30 if model.startswith("open") else 50
+    run = run_of(n, PRESETS[model].family, model=model, tokens=tokens, branches=branches)
+    policy = MagCache()
+    assert len(computed(policy, run)) == count
+    assert policy.constants.startswith(f"published for {model}")
 
 
 def test_blockdance_computes_the_published_steps():
     as_baseline, as_paper = GOLDEN["blockdance"].values()
-    assert computed(blockdance(4, 20, 50, 5), 50) == as_baseline
-    assert computed(blockdance(2, 20, 48, 5), 50) == as_paper
+    assert computed(BlockDance(**BlockDance.variants["mixcache"]), run_of(50)) == as_baseline
+    assert computed(BlockDance(), run_of(50)) == as_paper
 
 
 def test_taylorseer_computes_the_published_steps():
     official, ported = GOLDEN["taylorseer"].values()
-    assert computed(taylor(lambda i, n: i % 5 == 0), 50) == official
-    assert computed(taylor(lambda i, n: i < 3 or i % 5 == 4), 50) == ported
+    assert computed(TaylorSeer(), run_of(50)) == official
+    assert computed(TaylorSeer(**TaylorSeer.variants["diffusers"]), run_of(50)) == ported
 
 
-def test_fastercache_computes_uncond_at_the_published_steps():
-    latte, _, opensora = GOLDEN["fastercache"].values()
-    # counters of the originals start at 1
-    assert computed(cond_only(lambda i, n: i + 1 < 18 or (i + 1) % 5 == 0), 50, "uncond") == latte
-    assert computed(cond_only(lambda i, n: i + 1 <= 11 or (i + 1) % 5 == 0), 30, "uncond") == opensora
+def test_fastercache_computes_the_published_steps():
+    latte, cogvideox, open_sora = GOLDEN["fastercache"].values()
+    uncond = lambda found: [i for i, plan in enumerate(found) if "uncond" in (plan.branches or BOTH)]
+    with_attention = lambda found: [i for i, plan in enumerate(found) if not plan.subs]
+    for family, steps, want in (("latte", 50, latte), ("cogvideox", 50, latte), ("open_sora", 30, open_sora)):
+        assert uncond(plans(FasterCache(attention=False), run_of(steps, family))) == want
+    assert with_attention(plans(FasterCache(cfg=False), run_of(50, "cogvideox"))) == cogvideox
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        blockdance(2, 4, 11, 3),
-        taylor(lambda i, n: i < 4 or i % 2 == 0),
-        cond_only(lambda i, n: i < 4 or i % 3 == 0),
-        MagCache([1.0] + [0.99] * 11, 4, 0.05, 2, False, False),
-    ],
-    ids=["blockdance", "taylorseer", "cfg", "magcache"],
-)
-def test_the_embedded_model_runs_under_each(policy):
-    engine = minidit.load("demo", device="cpu", dtype="fp32")
-    settings = engine.resolve("a red circle grows", Choices(steps=12))
-    text = engine.encode(settings)
-    plain = engine.denoise(settings, text).latents
-    outcome = engine.denoise(settings, text, policy=policy)
-    assert any(record.plan not in (RUN_ALL, policy.full) for record in outcome.records)
-    error = ((outcome.latents - plain).norm() / plain.norm()).item()
-    assert 0 < error < 0.5 and torch.isfinite(outcome.latents).all()  # another video, of the same kind
+def pab_run(model: str, table) -> RunInfo:
+    preset = PRESETS[model]
+    subs = {
+        "latte": ("attn", "cross", "mlp", "t_attn", "t_mlp"),
+        "open_sora": ("attn", "cross", "mlp", "t_attn", "t_cross", "t_mlp"),
+        "cogvideox": ("attn", "mlp"),
+    }
+    return RunInfo(table, preset.transformer.depth, subs[preset.family], BOTH, preset.family, model=model)
+
+
+def computed_subs(found: list[Plan], block: int, name: str) -> list[int]:
+    return [i for i, plan in enumerate(found) if (block, name) not in dict(plan.subs)]
+
+
+def test_pab_computes_lattes_published_steps():
+    """Timesteps 980, 960, ..., 0: those strictly between 100 and 800 are steps 10 to 43."""
+    table = make_table_schedule(PRESETS["latte-1"].schedule, 50).steps(7.5)
+    found = plans(PAB(), pab_run("latte-1", table))
+    outside = [*range(10), *range(44, 50)]
+    every = lambda n: sorted({*outside, *range(0, 50, n)})
+    for block in (0, 27):
+        assert computed_subs(found, block, "attn") == every(2)
+        assert computed_subs(found, block, "t_attn") == every(3)
+        assert computed_subs(found, block, "cross") == every(6)
+    # the steps of 720, 640, 560, 480, 400 are 13, 17, 21, 25, 29, and two steps take from each
+    taken = {14, 15, 18, 19, 22, 23, 26, 27, 30, 31}
+    for name in ("mlp", "t_mlp"):
+        assert computed_subs(found, 4, name) == [i for i in range(50) if i not in taken]
+        assert computed_subs(found, 5, name) == list(range(50))
+
+
+def test_pab_computes_open_soras_published_steps():
+    """At its own size the schedule visits 863.6, 787.4 and 674.9 at steps 13, 17 and 21."""
+    shift = 4.843  # of 854x480, 51 frames
+    table = make_schedule(ScheduleConfig("euler", "wan", shift), 30).steps(7.0)
+    found = plans(PAB(), pab_run("open-sora-1.2", table))
+    inside = range(9, 26)  # 930.2 is step 8, 918.7 step 9; 492.0 is step 25, 427.0 step 26
+    assert [i for i, step in enumerate(table) if 450 < step.t < 930] == list(inside)
+    for name, every in (("attn", 2), ("t_attn", 4), ("cross", 6), ("t_cross", 6)):
+        want = [i for i in range(30) if i not in inside or i % every == 0]
+        assert computed_subs(found, 27, name) == want
+    assert computed_subs(found, 0, "mlp") == [i for i in range(30) if i not in (14, 15, 18, 19, 22, 23)]
+
+
+def test_pab_computes_cogvideoxs_published_steps():
+    table = make_table_schedule(PRESETS["cogvideox-2b"].schedule, 50).steps(6.0)
+    found = plans(PAB(), pab_run("cogvideox-2b", table))
+    # 999, 979, ...: strictly between 100 and 850 are steps 8 (839) to 44 (119)
+    assert computed_subs(found, 0, "attn") == [*range(8), *range(8, 45, 2), *range(45, 50)]
+    assert computed_subs(found, 0, "mlp") == list(range(50))
+
+
+def test_other_step_counts_take_the_nearest_published_ratios():
+    table = [float(i) for i in range(50)]
+    assert nearest(table, 50) == tuple(table)
+    assert nearest(table, 3) == (0.0, 24.0, 49.0)  # 24.5 rounds to the even one, as numpy does
+    assert nearest(table, 1) == (49.0,)
+    assert nearest([1.0, 2.0], 4) == (1.0, 1.0, 2.0, 2.0)
+
+
+def test_steps_are_counted_by_their_index_not_by_their_timestep():
+    """Timesteps may coincide, and nothing may be keyed by them."""
+    run = run_of(20)
+    same = RunInfo(
+        tuple(Step(s.i, s.n, 500.0, s.sigma, s.guidance) for s in run.steps), 28, run.subs, BOTH, "wan"
+    )
+    assert computed(BlockDance(), same) == computed(BlockDance(), run)

@@ -391,5 +391,5 @@ def test_a_probe_sees_every_sub_module(model, start, groups):
         assert module is getattr(model.blocks[block], name) and torch.equal(module(*inputs), out)
 
     got = run_blocks(model.blocks, lanes, probe=probe)
-    assert seen == [(group, k, name) for group in groups for k in range(4) for name in model.subs]
+    assert seen == [(group, k, name) for k in range(4) for group in groups for name in model.subs]
     assert torch.equal(got[0], blocks_by_hand(model, lanes[0].h, lanes[0]))

@@ -333,7 +333,7 @@ def test_guidance_that_varies_is_recombined():
     policy = uniform(block_uncond="run")  # whose other rings are of both branches
     assert {need.site: need.branches for need in policy.reset(run)}[PREDICTION] == ("cond",)
     plan = policy.plans["step"]
-    assert recalled(plan) == Mix() and plan.fill == REUSE and plan.output is None
+    assert recalled(plan).mix == Mix() and plan.fill == REUSE and plan.output is None
     assert drive(policy, script(), run) == drive(uniform(), script())
     assert PREDICTION not in {need.site for need in uniform().reset(run_info())}
 

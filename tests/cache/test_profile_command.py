@@ -258,6 +258,24 @@ def test_a_run_of_other_settings_is_refused_with_the_difference(profiled, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("cache, word", [("teacache:threshold=9", "R^2"), ("magcache", "ratios")])
+def test_what_others_fitted_to_their_models_is_fitted_to_this_one(tmp_path, cache, word):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPT}\n")
+    options = ["--prompts", str(prompts), "--output", str(tmp_path)]
+    code, out, err = command("profile", "--cache", cache, *TINY_STEPS, *options)
+    assert code == 0, err
+    (path,) = files(tmp_path, cache.split(":")[0])
+    assert str(path) in out and word in out and "x fewer MACs" in out and path.stat().st_size < 2000
+    trace = tmp_path / "t.json"
+    code, out, err = generate(tmp_path, tmp_path / "a.npz", cache, *TINY_STEPS, "--trace", str(trace))
+    assert code == 0, err
+    assert acted(read_trace(trace))
+    options = ("--profiles", str(tmp_path), "--cache", cache, "--output", str(tmp_path / "b.npz"))
+    message = refused("generate", PROMPT, *options, *TINY, "--steps", "9")
+    assert f"the nearest has steps {STEPS} instead of 9; make one" in message
+
+
 def test_what_takes_nothing_from_a_profile_runs_at_any_setting(profiled, tmp_path):
     code, _, err = generate(
         profiled[0], tmp_path / "a.npz", "mixcache:impact=uniform,theta=9", *TINY, "--steps", "5"
@@ -268,7 +286,7 @@ def test_what_takes_nothing_from_a_profile_runs_at_any_setting(profiled, tmp_pat
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["--cache", "none"], "none has nothing to profile; choose mixcache, unicp or mixcache+unicp"),
+        (["--cache", "none"], "none has nothing to profile; choose from mixcache, unicp, planned, teacache"),
         (["--cache", "mixcache+none"], "none has nothing to profile"),
         (["--cache", "mixcache:tetha=1"], "has no option 'tetha'"),
         (["--cache", "mixcache+unicp:basis=both"], "unknown basis 'both'"),

@@ -127,3 +127,25 @@ def test_a_constant_that_no_profile_has_is_refused():
     assert store.constant(0, "attn.q.16").item() == 1
     with pytest.raises(ValueError, match="no profile of this run has attn.q.16 of block 1; make one"):
         store.constant(1, "attn.q.16")
+
+
+def test_a_claimed_slot_is_the_newest_entry_once_it_is_filled():
+    store = make(Need(h(1), depth=2, branches=("cond",)))
+    for value in (1.0, 2.0):
+        store.push(h(1), "cond", entry(value))
+    oldest = store.entries(h(1), "cond")[1]
+    slot = store.claim(h(1), "cond")
+    assert slot.data_ptr() == oldest.data_ptr()
+    slot.copy_(entry(3.0))
+    assert [e[0, 0, 0].item() for e in store.entries(h(1), "cond")] == [3.0, 2.0]
+
+
+def test_a_mix_of_two_branches_is_one_new_tensor():
+    store = make(Need(PREDICTION, depth=2))
+    for branch, first, second in (("cond", 1.0, 2.0), ("uncond", 5.0, 4.0)):
+        for value in (first, second):
+            store.push(PREDICTION, branch, torch.full((1, 2, 3), value))
+    mixed = store.mix(PREDICTION, BOTH, Mix((2, -1)))
+    assert mixed.is_contiguous() and mixed[0].eq(3).all() and mixed[1].eq(3).all()
+    mixed.fill_(9.0)
+    assert store.entries(PREDICTION, "cond")[0].eq(2).all()

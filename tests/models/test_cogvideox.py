@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minidit import attention
 from minidit.cache.loop import BlockCache
-from minidit.models import cogvideox
 from minidit.models.cogvideox import CogVideoX, Context, cropped_axes, rope_table, sincos_table
 from minidit.presets import PRESETS
 from tests.recordings.base import open_recording
@@ -76,7 +76,7 @@ def test_streams_are_normed_and_gated_by_their_own_modulation():
     h, cond = model.embed(x, t, two_branches(model))
     block = model.blocks[0]
     d = h.shape[-1]
-    mod = block.mod(cond.time)
+    mod = block.mod(cond.vec)
     part = lambda stream, place, i: mod[:, None, d * (6 * stream + 3 * place + i) :][..., :d]
     want = list(h.split(cond.streams, dim=1))
     for place, (norm, sub) in enumerate(((block.norm1, block.attn), (block.norm2, block.mlp))):
@@ -140,13 +140,13 @@ def test_macs_equal_a_count_of_what_runs(monkeypatch):
                 linear.register_forward_hook(
                     lambda m, args, out, key=(k, sub): add(key, out.numel() * m.in_features)
                 )
-    blocks, original = iter(range(len(model.blocks))), cogvideox.attention
+    blocks, original = iter(range(len(model.blocks))), attention.attention
 
     def counting(q, k, v, **options):
         add((next(blocks), "attn"), q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
         return original(q, k, v, **options)
 
-    monkeypatch.setattr(cogvideox, "attention", counting)
+    monkeypatch.setattr(attention, "attention", counting)
     model(randn(1, 4, *SIZE), torch.tensor([700]), context)
     assert model.macs(SIZE, 12) == counted
 

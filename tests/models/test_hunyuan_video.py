@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from minidit.attention import FULL
 from minidit.cache.loop import BlockCache
-from minidit.models.hunyuan_video import HunyuanVideo, rope_video, sinusoid
+from minidit.models.hunyuan_video import HunyuanVideo, sinusoid
 from tests.recordings.base import load_upstream
 from tests.tiny_hunyuan_video import CONFIG, randn, rel, text, tiny
 
@@ -111,8 +112,9 @@ def test_text_that_is_too_long_is_refused(model):
 def test_only_video_rows_are_rotated(model):
     context = model.prepare([text(2, seed=1)], (1, 4, 6))  # 6 video tokens, 2 rows of text
     _, cond = model.embed(randn(1, 4, 1, 4, 6), torch.tensor([1.0]), context)
-    x = randn(1, 2, 8, 32)
-    turned = rope_video(x, cond.at(0))
+    block = model.blocks[-1].attn  # a single block's
+    turned, _, _ = block.queries_keys_values(randn(1, 8, 64), cond.at(0))
+    x, _, _ = block.split(randn(1, 8, 64), None, FULL)
     assert torch.equal(turned[:, :, 6:], x[:, :, 6:]) and torch.equal(turned[:, :, 0], x[:, :, 0])
     assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
     # token (0, 1, 0): channels 4 .. 17 are the height's, and its first pair turns by 1

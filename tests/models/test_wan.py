@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minidit import attention
 from minidit.cache.loop import BlockCache
 from minidit.models import wan
 from minidit.models.wan import Context, Wan
@@ -153,7 +154,8 @@ def test_macs_equal_a_count_of_what_runs(monkeypatch):
         add(next(subs), scores * (q.shape[-1] + v.shape[-1]))
         return original(q, k, v, **options)
 
-    monkeypatch.setattr(wan, "attention", counting)
+    for module in (attention, wan):
+        monkeypatch.setattr(module, "attention", counting)
     model(randn(1, 4, *SIZE), torch.tensor([700.0]), context)
     assert model.macs(SIZE, TINY.text_len) == counted
 

@@ -6,7 +6,7 @@ from minidit.cache.plan import Need, Plan, Policy, RunInfo, Values
 
 
 class Combined:
-    """The inner policy's refine() acts on whatever the outer one planned: "mixcache+unicp"."""
+    """Two methods: the first plans a step, and UniCP, behind the +, acts inside the blocks that it runs."""
 
     def __init__(self, outer: Policy, inner: Any):
         if not hasattr(inner, "refine"):

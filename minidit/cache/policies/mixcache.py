@@ -71,7 +71,8 @@ class MixCache:
 
     theta: warm-up ends once D_step is below; "profile" takes the one that the profile suggests
     delta: the two D_full at which N changes · intervals: N for a low, middling and high D_full
-    interval: one N in place of these · levels: what may be reused
+    interval: one N in place of these
+    levels: what may be reused; cfg only where the branches share their ranks
     blocks: candidates i; block i stores h(i + 1) and resumes there (10/20/30 from depth 40 on, else quarters)
     block_uncond: in block mode, fill uncond as in cfg mode, or run it too, from its own stored state
     residual: resume from h(0) + what blocks 0 .. i last added, not from the last h(i + 1)
@@ -81,6 +82,7 @@ class MixCache:
     """
 
     variants = {"eff": {"intervals": (5, 4, 3)}}
+    knob = ("interval", 1, 10)  # what compare tunes, and its bounds
 
     def __init__(
         self,
@@ -129,11 +131,13 @@ class MixCache:
             raise ValueError(f"mixcache: blocks={odd[0]} leaves nothing to run; wanted 0 .. {depth - 2}")
         blocks = {f"block {i}": Measure(self.site(i)) for i in self.candidates}
         self.measures = {"step": Measure(GUIDED)} | ({"cfg": Measure(CFG_DELTA)} if guided else {}) | blocks
-        modes = [mode for mode in self.measures if mode.split()[0] in self.levels]
+        levels = [level for level in self.levels if level != "cfg" or run.cfg_ranks == 1]
+        modes = [mode for mode in self.measures if mode.split()[0] in levels]
         if not modes:
-            raise ValueError(f"mixcache: levels={'/'.join(self.levels)} cannot act on a run without guidance")
+            where = "without guidance" if not guided else "whose branches have ranks of their own"
+            raise ValueError(f"mixcache: levels={'/'.join(self.levels)} cannot act on a run {where}")
         self.impact = {mode: self.impact_of(mode, len(run.steps)) for mode in modes}
-        self.plans = self.make_plans(guided, guided and len({step.guidance for step in run.steps}) > 1)
+        self.plans = self.make_plans(guided, run.guidance_varies)
         self.limit = self.suggested_theta() if self.theta == "profile" else self.theta
         self.on, self.count, self.mode = False, 0, "full"
         self.n = self.fixed or self.intervals[1]

@@ -13,11 +13,17 @@ from minidit.cache.plan import (
     Need,
     Plan,
     RunInfo,
+    Share,
     Site,
     Slice,
+    Spectrum,
+    Tokens,
     Values,
+    Window,
     attention_map,
     sub,
+    token_ages,
+    window_rest,
 )
 
 
@@ -57,7 +63,18 @@ class Replay:
 def reads(plan: Plan) -> list[tuple[Site, int]]:
     """(site, ring depth) of everything that a plan reads from the store."""
     mixes = [(item.site, item.mix) for item in plan.path if isinstance(item, Load | Add)]
-    mixes += [(sub(*key), how) for key, how in plan.subs if isinstance(how, Mix)]
-    mixes += [(attention_map(*key), REUSE) for key, how in plan.subs if isinstance(how, Freeze)]
-    mixes += [(site, mix) for site, mix in ((CFG_DELTA, plan.fill), (GUIDED, plan.output)) if mix is not None]
+    for key, how in plan.subs:
+        how = how.how if isinstance(how, Share) else how
+        if isinstance(how, Mix):
+            mixes.append((sub(*key), how))
+        elif isinstance(how, Freeze):
+            mixes.append((attention_map(*key), REUSE))
+        elif isinstance(how, Window):
+            mixes.append((window_rest(*key, how), REUSE))
+        elif isinstance(how, Tokens):
+            mixes += [(sub(*key), REUSE)] + [(token_ages(*key), REUSE)] * bool(how.fresh)
+    if plan.fill is not None:
+        mixes.append((CFG_DELTA, REUSE if isinstance(plan.fill, Spectrum) else plan.fill))
+    if plan.output is not None:
+        mixes.append((GUIDED, plan.output))
     return [(site, len(mix.coefficients)) for site, mix in mixes]

@@ -150,6 +150,8 @@ class UniCP:
     map_gib: most that maps may take; those that serve fewest steps give way, with a warning
     """
 
+    knob = ("threshold", 0.02, 1.0)  # what compare tunes, and its bounds
+
     def __init__(
         self,
         threshold: float | str = "E2",

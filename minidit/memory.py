@@ -1,0 +1,141 @@
+"""Memory by stage: predicted before anything is loaded, held against what is free, measured as it runs.
+
+Stages are text, denoise and decode, as in the seconds that a run prints. The components that one needs are on
+the device, and those that stay there from the stage before. Weights are counted, activations are the models'
+own estimates; on a CPU the interpreter with its libraries lies below, as a run finds it at its start.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+OFFLOAD = ("auto", "none", "parts", "blocks")
+LIBRARIES = 35 * 2**20  # resident on a CPU once code has run for the first time; measured on Linux
+HEAP = 1.3  # of a CPU's activations: what the C library keeps of freed memory; 1.1 to 1.4 measured
+MARGIN = 1.1  # of a prediction, before auto relies on it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes on the device in one stage of a run."""
+
+    name: str  # text, denoise or decode
+    weights: int
+    activations: int  # with what prepare() keeps
+    cache: int = 0
+    host: int = 0  # CPU memory of blocks that visit a GPU
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.cache
+
+
+def free_bytes(device: str, base: int = 0) -> int | None:
+    """What a run may take on the device: what is free, and what it has; None where the system does not say.
+
+    base: bytes in use when the run's process had loaded nothing
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    lines = Path("/proc/meminfo")
+    if device != "cpu" or not lines.exists():
+        return None
+    return field_bytes(lines, "MemAvailable") + max(0, in_use(device) - base)
+
+
+def in_use(device: str) -> int:
+    """Bytes of tensors on a GPU; on a CPU the process's resident memory, 0 where the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated(device)
+    status = Path("/proc/self/status")
+    return field_bytes(status, "VmRSS") if status.exists() else 0
+
+
+def field_bytes(path: Path, name: str) -> int:
+    """A line of a file under /proc that counts in kB."""
+    line = next(line for line in path.read_text().splitlines() if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
+
+
+class Peaks:
+    """The most memory that was in use in every stage."""
+
+    def __init__(self, device: str):
+        self.device, self.base = device, in_use(device)
+        self.found: dict[str, int] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What runs inside belongs to this stage."""
+        self.reset()
+        try:
+            yield
+        finally:
+            self.found[name] = max(self.found.get(name, 0), self.read())
+
+    def reset(self) -> None:
+        """Forget earlier peaks. Where Linux does not let us, a stage has the most of those before it too."""
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+
+    def read(self) -> int:
+        if self.device.startswith("cuda"):
+            return torch.cuda.max_memory_allocated(self.device)
+        status = Path("/proc/self/status")
+        return field_bytes(status, "VmHWM") if status.exists() else 0
+
+
+def check_offload(offload: str) -> None:
+    """Refuse a name that is unknown."""
+    if offload not in OFFLOAD:
+        raise ValueError(f"unknown offload {offload!r}; choose one of {', '.join(OFFLOAD)}")
+
+
+def choose_offload(
+    predict: Callable[[str], Sequence[Stage]], offload: str, *, device: str, base: int
+) -> tuple[str, Sequence[Stage]]:
+    """How a run keeps within the memory that is free, and its stages; ValueError where it cannot.
+
+    predict: stages under a name of OFFLOAD · auto is the first that fits, with some room. On a CPU blocks
+    have nowhere to go.
+    """
+    room = free_bytes(device, base)
+    names = ("none", "parts") if device == "cpu" else OFFLOAD[1:]
+    most = lambda stages: max(stages, key=lambda stage: stage.total)
+    below = base + LIBRARIES if device == "cpu" else 0
+    for name in names if offload == "auto" else (offload,):
+        stages = predict(name)
+        margin = MARGIN if offload == "auto" and name != names[-1] else 1
+        if room is None or most(stages).total * margin <= room:
+            return name, stages
+    fullest = most(stages)
+    tries = "a smaller --size, fewer --num-frames" + ("" if device == "cpu" else ", --offload blocks")
+    raise ValueError(
+        f"{fullest.name} needs {readable(fullest.total + below)} on {device} "
+        f"({readable(fullest.weights)} of weights, {readable(fullest.activations)} of activations, "
+        f"{readable(fullest.cache)} of cache), and {readable(room + below)} are free; "
+        f"try {tries}, --weights int8 or --dtype bf16"
+    )
+
+
+def readable(size: int) -> str:
+    """In GiB, or MiB where that is less than one."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
+def describe(stages: Sequence[Stage], peaks: Peaks) -> str:
+    """Predicted and measured, one line."""
+    below = peaks.base + LIBRARIES if peaks.device == "cpu" else 0
+    line = lambda name, size, found: f"{name} {readable(size)} predicted, {readable(found)} measured"
+    seen = [stage for stage in stages if stage.name in peaks.found]
+    parts = [line(stage.name, stage.total + below, peaks.found[stage.name]) for stage in seen]
+    return "memory: " + " · ".join(parts)
