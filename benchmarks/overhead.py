@@ -24,10 +24,10 @@ from torch import Tensor
 from benchmarks.common import table, write_results
 from minidit import sampling
 from minidit.cache import measure
-from minidit.cache.loop import run_block
 from minidit.cache.measure import Measurements
 from minidit.cache.policies.mixcache import MixCache
 from minidit.cache.policies.none import NoCache
+from minidit.cache.seam import run_block
 from minidit.cache.store import Ring, Store
 from minidit.models.wan import Head, Wan
 from minidit.presets import ScheduleConfig, WanConfig

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidit.cache.loop import Codes, run_block
+from minidit.cache.seam import Codes, run_block
 
 MOST_ROWS = 32  # per engine: some seconds each to compile; more mean that a method has a row for every step
 Row = tuple[Any, ...]

@@ -19,9 +19,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidit.cache.loop import Probe
 from minidit.cache.plan import Policy, RunInfo
 from minidit.cache.policies.replay import Replay
+from minidit.cache.seam import Probe
 from minidit.cache.spec import fewer_steps, make_policy, parse
 from minidit.cache.trace import make_trace
 from minidit.checkpoint import Checkpoint

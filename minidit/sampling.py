@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidit.cache.loop import Lane, Probe, Recorder, run_blocks
+from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.measure import Measurements
 from minidit.cache.plan import (
     CFG_DELTA,
@@ -36,6 +36,8 @@ from minidit.cache.plan import (
     check,
     recalled,
 )
+from minidit.cache.recorder import Recorder
+from minidit.cache.seam import Probe
 from minidit.cache.store import Ring, Store, make_store
 from minidit.cache.trace import to_json
 from minidit.parallel import Part

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minidit.__main__ import main
-from minidit.cache.loop import BlockCache
+from minidit.cache.seam import BlockCache
 from minidit.families import find_family
 from minidit.generate import Engine, save_latents
 from minidit.presets import PRESETS

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minidit.__main__ import main
-from minidit.cache.loop import BlockCache
+from minidit.cache.seam import BlockCache
 from minidit.generate import Engine, part_dtype
 from minidit.sampling import draw_noise
 from minidit.settings import Choices

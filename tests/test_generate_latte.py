@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minidit.cache.loop import BlockCache
 from minidit.cache.profile import profile_unicp
+from minidit.cache.seam import BlockCache
 from minidit.generate import DEMO, Engine
 from minidit.models.latte import Latte
 from minidit.presets import Defaults, KLConfig, LatteConfig, ScheduleConfig, T5Config

@@ -32,8 +32,8 @@ LAYERS = {
         *PLAN, "minidit.cache.placement", "minidit.cache.policies.(magcache_ratios|teacache_polynomials)"
     ),
     "minidit.cache.(macs|spec|trace)": HOST_ONLY,
-    "minidit.cache.(loop|store|measure)": (
-        *PLAN, "minidit.cache.(store|measure)", "minidit.attention", "minidit_kernels.*", "torch"
+    "minidit.cache.(loop|seam|recorder|store|measure)": (
+        *PLAN, "minidit.cache.(seam|recorder|store|measure)", "minidit.attention", "minidit_kernels.*", "torch"
     ),
     "minidit.attention_table": (),
     "minidit.exchange": ("torch",),
@@ -45,7 +45,7 @@ LAYERS = {
     "minidit.offload": (*PLAN, "torch"),
     "minidit.memory": ("torch",),
     "minidit.(video|metrics)": (*TENSORS, "numpy", "av"),
-    "minidit.models.*": (*PARTS, *PLAN, "minidit.cache.loop", *TENSORS),
+    "minidit.models.*": (*PARTS, *PLAN, "minidit.cache.(loop|seam)", *TENSORS),
     "minidit.text.(captions|hunyuan_video)": (
         *PARTS, *TENSORS, "minidit.text.(prompts|tokenizers)", "ftfy", "tokenizers"
     ),  # a family's prompts upon what all families share

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.demo_model.check import prompt_for
 from benchmarks.demo_model.data import held_out
-from minidit.cache.loop import BlockCache
+from minidit.cache.seam import BlockCache
 from minidit.generate import Engine
 from minidit.models.wan import Context, Wan
 from minidit.presets import ScheduleConfig

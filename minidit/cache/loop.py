@@ -9,16 +9,12 @@ from torch import Tensor, nn
 
 from minidit.attention import (
     FOLDABLE,
-    FULL,
     Folded,
     FoldedText,
     Frozen,
-    Keeping,
     Sliced,
-    Watched,
     Windowed,
 )
-from minidit.cache.measure import Measurements, sums_of
 from minidit.cache.plan import (
     LATENTS,
     REUSE,
@@ -26,7 +22,6 @@ from minidit.cache.plan import (
     Add,
     Freeze,
     Load,
-    Measure,
     Mix,
     Plan,
     Run,
@@ -36,8 +31,6 @@ from minidit.cache.plan import (
     Tokens,
     Window,
     attention_map,
-    check,
-    check_change,
     h,
     residual,
     sub,
@@ -45,11 +38,8 @@ from minidit.cache.plan import (
     token_ages,
     window_rest,
 )
-from minidit.cache.store import Store
-from minidit_kernels.rel_l1 import Pair
-
-Codes = tuple[tuple[str, str], ...]  # (sub-module, what to do); static under torch.compile
-Probe = Callable[[tuple[str, ...], int, str, Callable[..., Tensor], tuple[Any, ...], Tensor], None]
+from minidit.cache.recorder import Recorder
+from minidit.cache.seam import BlockCache, Codes, Peeked, PeekingCache, Picked, Probe, ProbedCache, run_block
 
 
 class BlockCond(Protocol):
@@ -65,200 +55,6 @@ class Lane:
     branches: tuple[str, ...]
     h: Tensor  # (B, L, D)
     cond: BlockCond
-
-
-@dataclass(frozen=True)
-class Picked:
-    """The tokens that a sub-module runs for, and the output that the others keep."""
-
-    old: Tensor  # (B, L, D)
-    rows: Tensor  # (B, picked), indices of tokens
-
-
-class BlockCache:
-    """The seam inside a block: every sub-module (attn, cross, mlp) is called through run().
-
-    codes: what to do with which sub-module, all others just run: "run", "keep" its attention map too, "watch"
-    what a window would leave out, "reuse", run for some "tokens"; "<name>.share" runs it for the first row
-    and copies, "<name>.input" shows what enters it
-    stored: for "reuse" the output, for "tokens" Picked, for "watch" the window, else the way in which
-    attention is to run, if it is not the full one
-    """
-
-    def __init__(self, codes: Codes = (), stored: dict[str, Any] | None = None):
-        self.codes, self.stored = dict(codes), stored or {}
-        self.outputs: dict[str, Tensor] = {}  # of the sub-modules that ran under a code
-
-    def run(self, name: str, module: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """The output of `module`, before its gate. name: the sub-module as plans know it"""
-        if f"{name}.input" in self.codes:
-            self.outputs[f"{name}.input"] = inputs[0]
-        if name not in self.codes:
-            return module(*inputs)
-        if self.codes[name] == "reuse":
-            return self.stored[name]
-        if f"{name}.share" not in self.codes:
-            found = self.execute(name, module, *inputs)
-        else:
-            found = self.execute(name, module, inputs[0][:1], *inputs[1:])
-            found = {key: t.expand(len(inputs[0]), *t.shape[1:]) for key, t in found.items()}
-        self.outputs |= found
-        return found[name]
-
-    def execute(self, name: str, module: Callable[..., Tensor], *inputs: Any) -> dict[str, Tensor]:
-        """Run a sub-module as its code says -> its output, by name, and what else there is to keep of it."""
-        code, stored = self.codes[name], self.stored.get(name)
-        if code == "keep":
-            how = Keeping(stored or FULL)
-            return {name: module(*inputs, how=how), f"{name}.map": how.pattern}
-        if code == "watch":
-            how = Watched(stored.width)
-            out = module(*inputs, how=how)
-            return {name: out, f"{name}.rest": how.rest.reshape(out.shape)}
-        if code == "tokens":
-            x, *others = inputs
-            index = stored.rows[..., None].expand(-1, -1, x.shape[-1])
-            new = module(x.gather(1, index), *others)  # (B, picked, D)
-            return {name: stored.old.scatter(1, index, new.to(stored.old.dtype))}
-        return {name: module(*inputs) if stored is None else module(*inputs, how=stored)}
-
-
-class Peeked(Exception):
-    """Ends a block before its first sub-module."""
-
-
-class PeekingCache(BlockCache):
-    """A BlockCache that takes what enters a block's first sub-module and stops there."""
-
-    def run(self, name: str, module: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        self.name, self.input = name, inputs[0]
-        raise Peeked
-
-
-class ProbedCache(BlockCache):
-    """A BlockCache that shows every sub-module, its inputs and its output to a probe (cache/calibrate.py)."""
-
-    def __init__(self, branches: tuple[str, ...], block: int, probe: Probe):
-        super().__init__()
-        self.branches, self.block, self.probe = branches, block, probe
-
-    def run(self, name: str, module: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        out = super().run(name, module, *inputs)
-        self.probe(self.branches, self.block, name, module, inputs, out)
-        return out
-
-
-def run_block(
-    block: nn.Module, h: Tensor, cond: Any, codes: Codes, stored: dict[str, Any]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """One block under its codes -> h after it, and the outputs of the sub-modules that ran under a code.
-
-    A pure function of its arguments: this is what torch.compile compiles, once per distinct row of codes.
-    """
-    cache = BlockCache(codes, stored)
-    return block(h, cond, cache), cache.outputs
-
-
-class Recorder:
-    """Measures and keeps what a plan wants of the values that pass by.
-
-    video_tokens: the first rows of a state, at which alone distances look; None is all
-    """
-
-    def __init__(self, plan: Plan, store: Store, measurements: Measurements, video_tokens: int | None = None):
-        self.store, self.measurements, self.video_tokens = store, measurements, video_tokens
-        self.peeked: Site | None = None  # an input that a gate has seen before its block runs
-        self.follow(plan)
-
-    def follow(self, plan: Plan) -> None:
-        """Take orders from this plan from now on."""
-        self.plan = plan
-        self.gate_sums: tuple[Tensor, int] | None = None  # as long as there is nothing to compare with
-        self.at_gate: dict[str, Tensor] = {}  # what the gate looked at, by branch
-        self.measurements.expect(plan.measure)
-        self.keep = set(plan.keep)
-        self.wanted = (
-            self.keep | {m.site for m in plan.measure} | ({plan.gate.measure.site} if plan.gate else set())
-        )
-        self.starts = {site.first for site in self.wanted if site.kind == "residual"}
-        self.subs = {(site.first, site.name) for site in self.wanted if site.kind == "sub"}
-        self.maps = {(site.first, site.name) for site in self.wanted if site.kind == "map"}
-        self.rests = {(site.first, site.name): site for site in self.wanted if site.kind == "rest"}
-        shown = self.wanted - {self.peeked}
-        self.inputs = {(site.first, site.name) for site in shown if site.kind == "input"}
-
-    def settle(self, decide: Callable[[Plan, float], Plan], depth: int, at: int | None = None) -> Plan:
-        """The policy decides at the plan's gate, after `at` items of its path (None: before everything)."""
-        plan, shown = self.plan, self.at_gate
-        changed = decide(plan, self.gate_value)  # under several ranks, all of them meet here
-        if at is None:
-            check(changed, depth)
-        else:
-            check_change(plan, changed, at, depth)
-        self.follow(changed)
-        site = plan.gate.measure.site
-        if site in self.keep - set(plan.keep):  # decided upon when it had passed
-            for branch, value in shown.items():
-                self.keep_value(site, branch, value)
-        return changed
-
-    @property
-    def gate_value(self) -> float:
-        """What the plan's gate has measured; infinite where there is nothing to compare with."""
-        return self.measurements.at_gate(self.plan.gate.measure.norm, self.gate_sums)
-
-    def see(self, site: Site, branches: Sequence[str], value: Tensor) -> None:
-        """A value passes by, one batch row per branch: read new, read old, then write."""
-        if site not in self.wanted:
-            return
-        found: list[tuple[Pair, list[Measure]]] = []
-        for row, branch in zip(value.chunk(len(branches)), branches, strict=True):
-            gate = self.plan.gate
-            if gate and gate.measure.site == site:
-                self.at_gate[branch] = row
-            if gate and (gate.measure.site, gate.measure.branch) == (site, branch or gate.measure.branch):
-                if (old := self.old(site, branch, gate.measure.age)) is not None:
-                    pair = self.video(site, row), self.video(site, old)
-                    self.gate_sums = sums_of(*pair, gate.measure.norm)
-            if pairs := self.pairs(site, branch, row):
-                found += pairs
-            elif site in self.keep:
-                self.keep_value(site, branch, row)
-        if found:
-            self.measurements.take(*zip(*found, strict=True))
-
-    def pairs(self, site: Site, branch: str, row: Tensor) -> list[tuple[Pair, list[Measure]]]:
-        """This value beside the stored ones it is measured against; the oldest pair also writes the store."""
-        asked = [m for m in self.plan.measure if (m.site, m.branch) == (site, branch or m.branch)]
-        ages = sorted({m.age for m in asked})
-        olds = {age: old for age in ages if (old := self.old(site, branch, age)) is not None}
-        slot, new = None, self.video(site, row)
-        if olds and site in self.keep and self.store.holds(site, branch):
-            slot = self.store.claim(site, branch)  # no entry but the oldest of all can lie there
-            slot[:, new.shape[1] :].copy_(row[:, new.shape[1] :])  # text, which is not measured
-        found = []
-        for age, old in olds.items():
-            measures = [m for m in asked if m.age == age]
-            store = None if slot is None or age < max(olds) else self.video(site, slot)
-            norms = tuple(m.norm for m in measures)
-            found.append((Pair(new, self.video(site, old), store, norms), measures))
-        return found
-
-    def keep_value(self, site: Site, branch: str, row: Tensor) -> None:
-        """Store a value where the policy has asked for a ring."""
-        if self.store.holds(site, branch):
-            self.store.push(site, branch, row)
-
-    def video(self, site: Site, value: Tensor) -> Tensor:
-        """What distances look at: of a state (1, L + M, D) the first L rows."""
-        return value[:, : self.video_tokens] if site.kind in ("h", "residual", "sub", "input") else value
-
-    def old(self, site: Site, branch: str, age: int) -> Tensor | None:
-        """The stored value of that age, or None while there is none."""
-        if not self.store.holds(site, branch):
-            return None
-        entries = self.store.rings[site, branch].entries()
-        return entries[age] if age < len(entries) else None
 
 
 def run_blocks(

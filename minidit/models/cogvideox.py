@@ -13,7 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minidit.attention import FULL, Backend, Full, Sliced, attend, merge_heads, split_heads
-from minidit.cache.loop import BlockCache, Lane, run_blocks
+from minidit.cache.loop import Lane, run_blocks
+from minidit.cache.seam import BlockCache
 from minidit.layers import LayerNorm, Linear, Mlp, TimeMlp, timestep_sinusoid
 from minidit.presets import CogVideoXConfig
 from minidit_kernels.modulate import gated_residual, layer_norm

@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minidit.attention import FULL, AttnOp, Backend, Full, Sliced, attend, attention, merge_heads, split_heads
-from minidit.cache.loop import BlockCache, Lane, run_blocks
+from minidit.cache.loop import Lane, run_blocks
+from minidit.cache.seam import BlockCache
 from minidit.layers import LayerNorm, Linear, Mlp, RMSNorm, TimeMlp, rope_axis
 from minidit.presets import HunyuanVideoConfig
 from minidit_kernels.modulate import gated_residual, modulate

@@ -13,7 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minidit.attention import Backend, FoldableAttention, TextAttention
-from minidit.cache.loop import BlockCache, Lane, run_blocks
+from minidit.cache.loop import Lane, run_blocks
+from minidit.cache.seam import BlockCache
 from minidit.layers import Linear, Mlp, TimeMlp, take_rows, timestep_sinusoid
 from minidit.presets import LatteConfig
 from minidit_kernels.modulate import gated_residual, modulate

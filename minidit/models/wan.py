@@ -9,7 +9,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minidit.attention import FULL, Backend, Full, Sliced, attend, attention, merge_heads, split_heads
-from minidit.cache.loop import BlockCache, Lane, run_blocks
+from minidit.cache.loop import Lane, run_blocks
+from minidit.cache.seam import BlockCache
 from minidit.layers import LayerNorm, Linear, Mlp, RMSNorm, TimeMlp, rope_axis, take_rows, timestep_sinusoid
 from minidit.presets import WanConfig
 from minidit_kernels.modulate import gated_residual, modulate

@@ -5,9 +5,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from minidit.cache.loop import BlockCache, Lane, Recorder, run_blocks
+from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.measure import Measurements
 from minidit.cache.plan import Need, Plan, RunInfo, Site, Values
+from minidit.cache.recorder import Recorder
+from minidit.cache.seam import BlockCache
 from minidit.cache.store import Store, make_store
 from minidit.models.latte import Latte
 from minidit.models.open_sora import OpenSora, Video

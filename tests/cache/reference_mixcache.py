@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from minidit.cache.loop import BlockCache
+from minidit.cache.seam import BlockCache
 from minidit.sampling import Forward
 from minidit.schedules import Schedule
 

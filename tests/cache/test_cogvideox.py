@@ -9,13 +9,15 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from minidit.cache.calibrate import make_bases
-from minidit.cache.loop import Lane, Recorder, run_block, run_blocks
+from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.measure import Measurements
 from minidit.cache.plan import CFG_DELTA, GUIDED, RUN_ALL, Measure, Need, Plan, RunInfo, h, residual
 from minidit.cache.policies.mixcache import MixCache
 from minidit.cache.policies.none import NoCache
 from minidit.cache.policies.unicp import UniCP
 from minidit.cache.profile import make_profile
+from minidit.cache.recorder import Recorder
+from minidit.cache.seam import run_block
 from minidit.cache.store import make_store
 from minidit.generate import Engine
 from minidit.profiles import write_profile

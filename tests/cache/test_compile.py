@@ -5,9 +5,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from minidit.cache.loop import Lane, Recorder, run_block, run_blocks
+from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.measure import Measurements
 from minidit.cache.plan import REUSE, RUN_ALL, Load, Measure, Need, Plan, Run, Slice, h, sub
+from minidit.cache.recorder import Recorder
+from minidit.cache.seam import run_block
 from minidit.cache.store import Store, make_store
 from minidit.models.wan import Wan
 from minidit.presets import WanConfig

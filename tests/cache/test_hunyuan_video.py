@@ -9,13 +9,15 @@ from torch import Tensor
 
 from minidit.attention import Sliced
 from minidit.cache.calibrate import make_bases
-from minidit.cache.loop import BlockCache, Lane, Recorder, run_blocks
+from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.measure import Measurements
 from minidit.cache.plan import GUIDED, Measure, Need, Plan, RunInfo, h, residual, sub
 from minidit.cache.policies.mixcache import MixCache
 from minidit.cache.policies.none import NoCache
 from minidit.cache.policies.unicp import UniCP
 from minidit.cache.profile import make_profile
+from minidit.cache.recorder import Recorder
+from minidit.cache.seam import BlockCache
 from minidit.cache.store import Ring, Store
 from minidit.generate import Engine
 from minidit.models.hunyuan_video import Context, HunyuanVideo

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidit.cache.loop import BlockCache, Lane, Recorder, run_block, run_blocks
+from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.measure import Measurements
 from minidit.cache.plan import (
     PREDICTION,
@@ -26,6 +26,8 @@ from minidit.cache.plan import (
     residual,
     sub,
 )
+from minidit.cache.recorder import Recorder
+from minidit.cache.seam import BlockCache, run_block
 from minidit.cache.store import Store, make_store
 from minidit.models.wan import Context, Wan
 from minidit.presets import WanConfig

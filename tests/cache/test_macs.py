@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minidit.cache.loop import Lane, Recorder, run_blocks
+from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.macs import attention_core, full_macs, plan_macs
 from minidit.cache.measure import Measurements
 from minidit.cache.plan import (
@@ -31,6 +31,7 @@ from minidit.cache.plan import (
     sub_input,
     window_rest,
 )
+from minidit.cache.recorder import Recorder
 from minidit.cache.store import make_store
 from minidit.models.wan import Wan
 from minidit.presets import WanConfig

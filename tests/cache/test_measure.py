@@ -9,9 +9,9 @@ import torch
 
 from minidit import sampling
 from minidit.cache import measure as measuring
-from minidit.cache.loop import Recorder
 from minidit.cache.measure import Measurements, distance, value
 from minidit.cache.plan import GUIDED, Gate, Measure, Need, Plan, h
+from minidit.cache.recorder import Recorder
 from minidit.cache.store import make_store
 from minidit.models.wan import Head, Wan
 from minidit.presets import ScheduleConfig, WanConfig

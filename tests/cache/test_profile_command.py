@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minidit.__main__ import main
-from minidit.cache.loop import BlockCache, Lane
+from minidit.cache.loop import Lane
 from minidit.cache.plan import CFG_DELTA, GUIDED, GUIDED_FULL, Measure, RunInfo, h
 from minidit.cache.profile import (
     Observer,
@@ -23,6 +23,7 @@ from minidit.cache.profile import (
     settled,
     thresholds,
 )
+from minidit.cache.seam import BlockCache
 from minidit.cache.trace import acted, read_trace
 from minidit.profiles import read_profile
 from minidit.video import read_video

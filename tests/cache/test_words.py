@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from minidit.attention import windowed
-from minidit.cache.loop import Recorder, hash_noise, run_block, run_blocks, token_scores
+from minidit.cache.loop import hash_noise, run_blocks, token_scores
 from minidit.cache.measure import Measurements
 from minidit.cache.plan import (
     CFG_DELTA,
@@ -48,6 +48,8 @@ from minidit.cache.policies.fastercache import FasterCache
 from minidit.cache.policies.replay import Replay
 from minidit.cache.policies.teacache import TeaCache
 from minidit.cache.policies.toca import DuCa, ToCa
+from minidit.cache.recorder import Recorder
+from minidit.cache.seam import run_block
 from minidit.cache.trace import from_json, to_json
 from minidit.compiled import CompiledBlock
 from minidit.sampling import weigh_spectrum

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minidit import attention
-from minidit.cache.loop import BlockCache
+from minidit.cache.seam import BlockCache
 from minidit.models.cogvideox import CogVideoX, Context, cropped_axes, rope_table, sincos_table
 from minidit.presets import PRESETS
 from tests.recordings.base import open_recording

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minidit.attention import FULL
-from minidit.cache.loop import BlockCache
+from minidit.cache.seam import BlockCache
 from minidit.models.hunyuan_video import HunyuanVideo, sinusoid
 from tests.recordings.base import load_upstream
 from tests.tiny_hunyuan_video import CONFIG, randn, rel, text, tiny

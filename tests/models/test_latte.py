@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from minidit import attention
-from minidit.cache.loop import BlockCache
+from minidit.cache.seam import BlockCache
 from minidit.models.latte import Context, Latte
 from minidit.presets import PRESETS, LatteConfig
 from minidit.weights import is_fp32

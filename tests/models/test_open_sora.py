@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from minidit import attention
-from minidit.cache.loop import BlockCache
+from minidit.cache.seam import BlockCache
 from minidit.models.open_sora import Context, OpenSora, Video, grid_positions
 from minidit.presets import PRESETS, OpenSoraConfig
 from minidit.weights import is_fp32

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidit import layers
-from minidit.cache.loop import BlockCache
+from minidit.cache.seam import BlockCache
 from minidit.models import cogvideox, hunyuan_video, latte, open_sora, wan
 from minidit.models.cogvideox import CogVideoX
 from minidit.models.hunyuan_video import HunyuanVideo

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from minidit import attention
-from minidit.cache.loop import BlockCache
+from minidit.cache.seam import BlockCache
 from minidit.models import wan
 from minidit.models.wan import Context, Wan
 from minidit.presets import PRESETS, WanConfig
