@@ -22,14 +22,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import PROMPTS, busy, command_line, machine, table, write_results
-from benchmarks.models import Subject, random_subject
+from benchmarks.models import Subject, add_run_options, random_subject
 from benchmarks.timing import matmul_ceiling, wait
-from minidit.__main__ import size as parse_size
 from minidit.cache.macs import full_macs, plan_macs
 from minidit.cache.spec import make_policy, parse
 from minidit.generate import Engine, Stopwatch
 from minidit.metrics import psnr, ssim
-from minidit.presets import PRESETS, find_preset
+from minidit.presets import find_preset
 from minidit.sampling import denoise
 from minidit.schedules import make_schedule, make_table_schedule
 from minidit.settings import DTYPES, Choices
@@ -159,16 +158,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.end_to_end", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo", help="a model folder")
-    parser.add_argument("--preset", choices=PRESETS, help="random weights in a release's shape")
+    add_run_options(parser)
     parser.add_argument("--prompt", default=PROMPTS[0])
-    parser.add_argument("--cache", nargs="*", help="methods; none is always among them")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--size", type=parse_size, default=(None, None))
-    parser.add_argument("--num-frames", type=int)
-    parser.add_argument("--depth", type=int, help="of a preset: fewer blocks")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--compile", action="store_true", help="of a model folder")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (1)")
     parser.add_argument("--runs", type=int, default=3)

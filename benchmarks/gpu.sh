@@ -37,10 +37,13 @@ axes() { # attention within frames and over time
     bench step --preset open-sora-1.2 --size 848x480 --num-frames 51 --runs 10 --compile
     bench step --preset latte-1 --runs 10 --compile
 }
+# one machine with that many GPUs; not among `all`
+scaling() { bench scaling --preset wan2.1-t2v-14b --size 832x480 --num-frames 81 --steps 8 --ranks 1 2 4 8 --runs 1; }
 train() { "$python" -m benchmarks.demo_model.train --out "${OUT:-.}/demo_model" --device cuda; }
 
 steps="wheels tests kernels tune step_1b step_14b compile memory profile mixcache hunyuan cogvideox axes train"
 [[ ${1:-} == all ]] && set -- $steps
+steps+=" scaling"
 for step in "${@:-none}"; do
     if [[ " $steps " != *" $step "* ]]; then
         echo "usage: benchmarks/gpu.sh [all|${steps// /|}]..." >&2

@@ -21,11 +21,11 @@ import torch
 
 from benchmarks.common import PROMPTS, command_line, machine, table, write_results
 from benchmarks.models import find_subject, random_model, with_depth
-from minidit.__main__ import size as parse_size
 from minidit.cache.policies.mixcache import MixCache
 from minidit.costs import find_parts
 from minidit.costs import measure as predict
 from minidit.families import find_family
+from minidit.flags import size as parse_size
 from minidit.generate import Engine, part_dtype
 from minidit.presets import PRESETS, ScheduleConfig
 from minidit.sampling import denoise

@@ -1,5 +1,6 @@
 """What the benchmarks run: the embedded model, or a release's shape with random weights, and its input."""
 
+import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +13,10 @@ from minidit.cache.plan import RUN_ALL
 from minidit.cache.policies.none import NoCache
 from minidit.cache.store import Store
 from minidit.families import find_family
+from minidit.flags import size as parse_size
 from minidit.generate import Engine, find_class
 from minidit.models.open_sora import Video
-from minidit.presets import HunyuanVideoConfig, OpenSoraConfig, WanConfig, find_preset
+from minidit.presets import PRESETS, HunyuanVideoConfig, OpenSoraConfig, WanConfig, find_preset
 from minidit.sampling import Forward, draw_noise, guided_prediction
 from minidit.schedules import Step
 from minidit.settings import BATCHED_TOKENS, DTYPES, Choices
@@ -167,3 +169,16 @@ def find_subject(
     if name == "demo":
         return demo_subject(device, dtype)
     return random_subject(name, video, device, DTYPES[dtype], depth)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What a benchmark of whole runs generates, under which caches, on what."""
+    parser.add_argument("--model", default="demo", help="a model folder")
+    parser.add_argument("--preset", choices=PRESETS, help="random weights in a release's shape")
+    parser.add_argument("--cache", nargs="*", help="methods; none is always among them")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--size", type=parse_size, default=(None, None))
+    parser.add_argument("--num-frames", type=int)
+    parser.add_argument("--depth", type=int, help="of a preset: fewer blocks")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES)

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.common import command_line, machine, results_folder, table, write_results
 from benchmarks.models import Subject, find_subject
 from benchmarks.timing import once
-from minidit.__main__ import size as parse_size
 from minidit.compiled import CompiledBlock
+from minidit.flags import size as parse_size
 from minidit.presets import PRESETS
 from minidit.settings import DTYPES
 

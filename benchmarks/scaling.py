@@ -29,14 +29,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import PROMPTS, busy, command_line, machine, table, write_results
-from benchmarks.models import random_subject
+from benchmarks.models import add_run_options, random_subject
 from benchmarks.timing import wait
-from minidit.__main__ import size as parse_size
 from minidit.cache.spec import make_policy, parse
 from minidit.cache.trace import make_trace
 from minidit.generate import Engine
 from minidit.parallel import Agreed, World, add_critical, choose_layout, joined, largest_share, make_part
-from minidit.presets import PRESETS, find_preset
+from minidit.presets import find_preset
 from minidit.sampling import Outcome, denoise
 from minidit.schedules import make_schedule, make_table_schedule
 from minidit.settings import DTYPES, Choices
@@ -184,15 +183,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--ranks", type=int, nargs="+", default=[1, 2, 3], help="counts; 1 is always among them"
     )
     parser.add_argument("--parallel", default="auto", help="as generate's")
-    parser.add_argument("--model", default="demo", help="a model folder")
-    parser.add_argument("--preset", choices=PRESETS, help="random weights in a release's shape")
-    parser.add_argument("--cache", nargs="*", help="methods; none is always among them")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--size", type=parse_size, default=(None, None))
-    parser.add_argument("--num-frames", type=int)
-    parser.add_argument("--depth", type=int, help="of a preset: fewer blocks")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES)
+    add_run_options(parser)
     parser.add_argument("--threads", type=int, default=1, help="of every rank on a CPU (1)")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--worker", type=Path, help="be one of the ranks, and write here")

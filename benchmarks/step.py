@@ -25,8 +25,8 @@ from benchmarks.common import busy, command_line, machine, write_results
 from benchmarks.library import compile_blocks, make_library, why_not
 from benchmarks.models import Subject, find_subject
 from benchmarks.timing import Times, alternate, matmul_ceiling
-from minidit.__main__ import size as parse_size
 from minidit.compiled import CompiledBlock
+from minidit.flags import size as parse_size
 from minidit.presets import PRESETS
 from minidit.settings import BATCHED_TOKENS, DTYPES
 

@@ -27,7 +27,7 @@ from minidit.cache.trace import make_trace
 from minidit.checkpoint import Checkpoint
 from minidit.compiled import CompiledBlock
 from minidit.families import find_family
-from minidit.memory import Peaks, Stage, check_offload, choose_offload
+from minidit.memory import Peaks, Stage, check_offload, choose_offload, give_back_heap
 from minidit.offload import OffloadedBlocks
 from minidit.parallel import (
     Agreed,
@@ -476,9 +476,13 @@ class Engine:
         return trace
 
     def make_room(self) -> None:
-        """Before decoding, let go of a transformer that does not fit beside the autoencoder."""
+        """Before decoding, let go of a transformer that does not fit beside the autoencoder, and free memory.
+
+        Without the latter decoding 5 frames of 128x128 had 0.3 GiB of denoising's below it.
+        """
         if self.held != "none":
             self.modules.pop("transformer", None)
+        give_back_heap()
 
     def decode(self, latents: Tensor, *, tiled: bool = False, progress: bool = False) -> np.ndarray:
         """Latents to frames. latents (1, C, t, h, w) -> uint8 (T, H, W, 3)"""

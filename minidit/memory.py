@@ -5,6 +5,8 @@ the device, and those that stay there from the stage before. Weights are counted
 own estimates; on a CPU the interpreter with its libraries lies below, as a run finds it at its start.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ GIB = 2**30
 OFFLOAD = ("auto", "none", "parts", "blocks")
 LIBRARIES = 35 * 2**20  # resident on a CPU once code has run for the first time; measured on Linux
 HEAP = 1.3  # of a CPU's activations: what the C library keeps of freed memory; 1.1 to 1.4 measured
+M_MMAP_THRESHOLD = -3  # of malloc.h
 MARGIN = 1.1  # of a prediction, before auto relies on it
 
 
@@ -59,6 +62,25 @@ def field_bytes(path: Path, name: str) -> int:
     """A line of a file under /proc that counts in kB."""
     line = next(line for line in path.read_text().splitlines() if line.startswith(f"{name}:"))
     return 1024 * int(line.split()[1])
+
+
+def keep_large_off_heap() -> None:
+    """On Linux, from now on memory of a MiB or more comes from the system, not from the heap, and goes back.
+
+    Otherwise what is freed leaves holes between what stays: 0.3 GiB while 1.3B parameters are read in int8,
+    0.2 GiB while they denoise 5 frames of 128x128.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
+def give_back_heap() -> None:
+    """On Linux, what the C library keeps of freed memory goes back to the system.
+
+    0.4 GiB, in 0.05 s, once 1.3B parameters have denoised and are let go.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Peaks:

@@ -6,13 +6,11 @@ tokenizer/spiece.model
 profiles/                 made later, by `profile`; not listed in model.json
 """
 
-import ctypes
 import hashlib
 import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -23,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from minidit.memory import keep_large_off_heap
 from minidit.presets import (
     CLIPTextConfig,
     CogVideoXConfig,
@@ -66,7 +65,6 @@ CONFIGS = {
     "CogVideoXVAE": CogVideoXVAEConfig,
 }
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-M_MMAP_THRESHOLD = -3  # of malloc.h
 CONVERT = "python -m weights_convert SOURCE OUT"
 
 Config = Any  # one of the dataclasses in CONFIGS
@@ -250,29 +248,10 @@ def _read(path: Path, name: str) -> Tensor:
         return f.get_tensor(name).clone()  # a view would die with the file
 
 
-@contextmanager
-def pages_of_their_own() -> Iterator[None]:
-    """On Linux, memory of a MiB or more comes from the system and goes back to it, not into the heap.
-
-    Otherwise what is freed while weights are read leaves holes between those that stay: 0.3 GiB of 1.3B
-    parameters in int8. Afterwards the threshold is 32 MiB, the highest that the C library chooses by itself.
-    """
-    if sys.platform != "linux":
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**20)
-    try:
-        yield
-    finally:
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
-
-
 def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> nn.Module:
     """Give a module on the meta device its tensors; returns it in eval mode, without gradients."""
-    with pages_of_their_own():
-        state = dict(tensors)
-    module.load_state_dict(state, assign=True)
+    keep_large_off_heap()
+    module.load_state_dict(dict(tensors), assign=True)
     lost = [name for name, t in module.named_buffers() if t.is_meta]
     if lost:
         kind = type(module).__name__

@@ -414,3 +414,11 @@ def test_the_module_runs_as_a_program():
     done = python("-m", "minidit", "generate", "--num-frames", "50", "a cat")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "minidit: num_frames=50 is not 4n+1; nearest are 49 and 53\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    run = subprocess.Popen(
+        [sys.executable, "-m", "minidit", "caches"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait() == 141

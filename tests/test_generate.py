@@ -9,22 +9,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 import minidit
 from minidit.__main__ import main
 from minidit.generate import DEMO, Engine, load_latents, save_latents
 from minidit.settings import Choices, Settings
 from minidit.video import read_settings, read_video
+from tests.tensors import rel
 
 PROMPT = "a red circle moves left to right"
 SMALL = dict(width=32, height=32, num_frames=5, steps=3)
 REL = 1e-4  # fp32 sums in another order, through every layer and step
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / want.abs().max()).item()
 
 
 def load() -> Engine:

@@ -18,7 +18,8 @@ from minidit.schedules import dynamic_guidance
 from minidit.settings import Choices
 from minidit.text.tokenizers import SentencePiece
 from minidit.video import read_settings, read_video, to_frames
-from tests.tiny_cogvideox import DDIM, DPM, rel, save_tiny
+from tests.tensors import rel
+from tests.tiny_cogvideox import DDIM, DPM, save_tiny
 
 PROMPT = "A red circle moves left to right"
 REL = 1e-4  # fp32 sums in another order, through every layer and step

@@ -17,7 +17,8 @@ from minidit.generate import Engine, part_dtype
 from minidit.sampling import draw_noise
 from minidit.settings import Choices
 from minidit.video import read_settings, read_video, to_frames
-from tests.tiny_hunyuan_video import rel, save_original
+from tests.tensors import rel
+from tests.tiny_hunyuan_video import save_original
 from weights_convert.convert import convert
 
 pytest.importorskip("tokenizers")

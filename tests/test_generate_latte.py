@@ -22,6 +22,7 @@ from minidit.text.t5 import T5Encoder
 from minidit.vae.kl import KLVAE
 from minidit.video import read_video, to_frames
 from minidit.weights import save_model_folder
+from tests.tensors import random, rel
 
 TRANSFORMER = LatteConfig(
     width=48, mlp_width=96, heads=4, depth=4, text_width=32, text_len=120, freq_width=32, frames=4
@@ -30,23 +31,6 @@ VAE = KLConfig(widths=(8, 8, 16, 16), res_blocks=1, groups=4)
 TEXT = T5Config(vocab=2000, width=32, mlp_width=48, heads=4, head_width=8, depth=2, shared_positions=True)
 PROMPT = "A red circle moves left to right"
 REL = 1e-4  # fp32 sums in another order, through every layer and step
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def random(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Weights that keep activations near 1, drawn from a seed."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        if p.ndim > 1:
-            p.data = noise * p[0].numel() ** -0.5
-        else:
-            p.data = 0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return module
 
 
 @pytest.fixture(scope="module")

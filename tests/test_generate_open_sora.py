@@ -20,7 +20,7 @@ from minidit.text.t5 import T5Encoder
 from minidit.vae.open_sora import OpenSoraVAE
 from minidit.video import read_video, to_frames, write_video
 from minidit.weights import save_model_folder
-from tests.test_generate_latte import random, rel
+from tests.tensors import random, rel
 
 TRANSFORMER = OpenSoraConfig(
     width=48, mlp_width=96, heads=4, depth=4, text_width=32, text_len=120, freq_width=32

@@ -8,10 +8,7 @@ from minidit.presets import ScheduleConfig
 from minidit.schedules import MaskedSchedule, make_schedule, size_shift
 from tests.recordings.base import open_recording
 from tests.recordings.open_sora import run_rflow
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from tests.tensors import randn
 
 
 @torch.no_grad()

@@ -33,14 +33,15 @@ LAYERS = {
     ),
     "minidit.cache.(macs|spec|trace)": HOST_ONLY,
     "minidit.cache.(loop|seam|recorder|store|measure)": (
-        *PLAN, "minidit.cache.(seam|recorder|store|measure)", "minidit.attention", "minidit_kernels.*", "torch"
+        *PLAN, "minidit.cache.(seam|recorder|store|measure)", "minidit.attention", "minidit_kernels.*",
+        "torch",
     ),
     "minidit.attention_table": (),
     "minidit.exchange": ("torch",),
     "minidit.(layers|attention)": (*TENSORS, "minidit.attention_table", "minidit.exchange"),
     "minidit.errors": (),
     "minidit.tensor_files": ("safetensors",),
-    "minidit.(weights|schedules)": ("minidit.presets", "minidit.tensor_files", *TENSORS),
+    "minidit.(weights|schedules)": ("minidit.presets", "minidit.(tensor_files|memory)", *TENSORS),
     "minidit.quantize": ("minidit.layers", "torch"),
     "minidit.offload": (*PLAN, "torch"),
     "minidit.memory": ("torch",),

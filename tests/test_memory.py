@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from minidit.generate import DEMO, build
+from minidit.memory import give_back_heap, in_use
 from minidit.presets import find_preset
 from minidit.weights import Component, Entry, Manifest, _header, read_manifest, write_model_folder
 from tests.test_real_size import layout, peak_of
@@ -138,6 +139,15 @@ def test_the_embedded_model_takes_what_was_predicted(tmp_path):
         assert predicted == pytest.approx(measured, rel=0.1), name
 
 
+def test_freed_memory_goes_back_to_the_system():
+    *small, last = [torch.ones(2**14) for _ in range(1024)]  # 64 MiB in the heap, below what stays
+    full = in_use("cpu")
+    del small
+    kept = in_use("cpu")
+    give_back_heap()
+    assert kept - in_use("cpu") > 48 * MIB and full - kept < 16 * MIB and len(last) == 2**14
+
+
 @pytest.mark.slow
 def test_a_1_3b_transformer_runs_in_every_kind_of_weights_within_its_prediction(folder):
     model = save_random(folder / "model")
@@ -145,10 +155,14 @@ def test_a_1_3b_transformer_runs_in_every_kind_of_weights_within_its_prediction(
     peaks, frames = {}, {}
     for kind in ("full", "fp8", "int8"):
         stages, output = generated(folder, *flags, "--weights", kind)
-        predicted, peaks[kind] = stages["denoise"]
-        assert predicted == pytest.approx(peaks[kind], rel=0.1), kind
+        for name in ("denoise", "decode"):
+            predicted, measured = stages[name]
+            assert predicted == pytest.approx(measured, rel=0.1), (kind, name)
+        peaks[kind] = stages["denoise"][1]
         frames[kind] = frames_of(output)
     assert peaks["int8"] < 0.65 * peaks["full"] and peaks["fp8"] < 0.65 * peaks["full"]
     assert (frames["int8"] != frames["full"]).any() and (frames["fp8"] != frames["int8"]).any()
-    _, output = generated(folder, *flags, "--offload", "blocks")
+    stages, output = generated(folder, *flags, "--offload", "blocks")
+    predicted, measured = stages["decode"]  # without the transformer
     assert (frames_of(output) == frames["full"]).all()
+    assert predicted == pytest.approx(measured, rel=0.1) and measured < 0.5 * 1024

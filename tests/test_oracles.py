@@ -5,25 +5,17 @@ Our tensors go back under the libraries' names through the converter's tables, a
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import minidit
 from minidit.generate import Engine
 from minidit.text.tokenizers import SentencePiece
+from tests.tensors import randn, rel
 from weights_convert.layouts import LAYOUTS
 from weights_convert.names import fit
 
 PROMPT = "a red circle moves left to right"
 REL = 2e-5  # fp32 on both sides: nothing but the order of sums; measured 4e-6 (decoder), the others 3e-7
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from minidit.presets import CogVideoXConfig, CogVideoXVAEConfig
 from minidit.sampling import Forward, denoise
 from minidit.schedules import make_table_schedule
 from minidit.vae.cogvideox import CogVideoXVAE
-from tests.tiny_cogvideox import DDIM, V1, randn, random, rel
+from tests.tensors import randn, random, rel
+from tests.tiny_cogvideox import DDIM, V1
 from weights_convert.layouts import recognise
 from weights_convert.names import fit
 

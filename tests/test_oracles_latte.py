@@ -5,7 +5,7 @@ Our tensors go back under the library's names through the converter's tables, an
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minidit.cache.policies.none import NoCache
 from minidit.models.latte import Latte
@@ -13,6 +13,7 @@ from minidit.presets import KLConfig, LatteConfig, ScheduleConfig
 from minidit.sampling import Forward, denoise
 from minidit.schedules import make_table_schedule
 from minidit.vae.kl import KLVAE
+from tests.tensors import randn, random, rel
 from weights_convert.layouts import recognise
 from weights_convert.names import fit
 
@@ -20,26 +21,6 @@ diffusers = pytest.importorskip("diffusers")
 
 LATTE = LatteConfig(width=48, mlp_width=192, heads=4, depth=2, text_width=24, frames=3)
 REL = 2e-5  # fp32 on both sides: nothing but the order of sums; measured 3e-6
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random(module: nn.Module, seed: int = 1) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        if p.ndim > 1:
-            p.data = noise * p[0].numel() ** -0.5
-        else:
-            p.data = 0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return module.eval().requires_grad_(False)
 
 
 def fill(oracle: nn.Module, ours: nn.Module) -> nn.Module:

@@ -55,7 +55,8 @@ from minidit.parallel import (
 )
 from minidit.settings import Choices
 from minidit.video import read_video
-from tests.cache.families import BOTH, FAMILIES, TOKENS, Scripted, follow, forward_of, randn, rel, rows_of
+from tests.cache.families import BOTH, FAMILIES, TOKENS, Scripted, follow, forward_of, rel, rows_of
+from tests.tensors import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of fork, in new Pythons
 SECONDS = 60  # after which ranks that hang are killed and the test fails

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,16 @@ def here(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def keep_after(steps: int, settings: Settings) -> Callable[[Checkpoint], None]:
+    """Writes the checkpoint of that many steps, and no other."""
+
+    def keep(checkpoint):
+        if len(checkpoint.snapshot.records) == steps:
+            save_checkpoint(CHECKPOINT, settings, checkpoint)
+
+    return keep
 
 
 def steps_done() -> int:
@@ -409,12 +420,7 @@ METHODS_ALONE = [name for name, method in METHODS.items() if not method.profile 
 def test_every_method_that_needs_no_profile_goes_on_to_the_same_bits(engine, cache):
     settings = engine.resolve(PROMPT, Choices(width=32, height=32, num_frames=5, steps=10, cache=cache))
     text = engine.encode(settings)
-
-    def keep(checkpoint):
-        if len(checkpoint.snapshot.records) == 7:
-            save_checkpoint(CHECKPOINT, settings, checkpoint)
-
-    whole = engine.denoise(settings, text, keep=keep)
+    whole = engine.denoise(settings, text, keep=keep_after(7, settings))
     rest = engine.denoise(settings, text, start=load_checkpoint(CHECKPOINT, settings))
     done = lambda outcome: [(r.step, r.plan, r.values, r.gates) for r in outcome.records]
     assert torch.equal(rest.latents, whole.latents) and done(rest) == done(whole)
@@ -459,13 +465,8 @@ class Gated:
 def test_a_gated_policy_is_told_again_what_it_was_told(engine):
     settings = engine.resolve(PROMPT, Choices(width=32, height=32, num_frames=5, steps=5))
     text = engine.encode(settings)
-
-    def keep(checkpoint):
-        if len(checkpoint.snapshot.records) == 3:
-            save_checkpoint(CHECKPOINT, settings, checkpoint)
-
     whole, again = Gated(), Gated()
-    one = engine.denoise(settings, text, policy=whole, keep=keep)
+    one = engine.denoise(settings, text, policy=whole, keep=keep_after(3, settings))
     other = engine.denoise(settings, text, policy=again, start=load_checkpoint(CHECKPOINT, settings))
     assert again.told == whole.told and len(whole.told) == 10
     assert torch.equal(one.latents, other.latents)
@@ -510,12 +511,7 @@ def test_a_solver_that_draws_at_every_step_goes_on_with_the_noise_that_follows(t
     engine = Engine(save_tiny(tmp_path / "model", "5b", DPM), device="cpu", dtype="fp32")
     settings = engine.resolve(PROMPT, Choices(steps=4))
     text = engine.encode(settings)
-
-    def keep(checkpoint):
-        if len(checkpoint.snapshot.records) == 2:
-            save_checkpoint(CHECKPOINT, settings, checkpoint)
-
-    whole = engine.denoise(settings, text, keep=keep)
+    whole = engine.denoise(settings, text, keep=keep_after(2, settings))
     rest = engine.denoise(settings, text, start=load_checkpoint(CHECKPOINT, settings))
     assert settings.solver == "dpm" and torch.equal(rest.latents, whole.latents)
 

@@ -11,7 +11,8 @@ from minidit.sampling import Forward, denoise
 from minidit.schedules import dynamic_guidance, make_table_schedule, x0_from_v, zero_snr_alphas
 from tests.recordings.base import open_recording
 from tests.recordings.cogvideox import run_schedule
-from tests.tiny_cogvideox import DDIM, DPM, randn, rel, tiny
+from tests.tensors import randn, rel
+from tests.tiny_cogvideox import DDIM, DPM, tiny
 
 
 @pytest.mark.parametrize("component", ["cogvideox_ddim_scheduler", "cogvideox_dpm_scheduler"])

@@ -3,15 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 from minidit.generate import DEMO
 from minidit.models.cogvideox import CogVideoX
 from minidit.presets import CogVideoXConfig, CogVideoXVAEConfig, Defaults, ScheduleConfig, T5Config
 from minidit.text.t5 import T5Encoder
 from minidit.vae.cogvideox import CogVideoXVAE
 from minidit.weights import save_model_folder
+from tests.tensors import random
 
 V1 = CogVideoXConfig(
     width=64,
@@ -34,27 +32,6 @@ VAE = CogVideoXVAEConfig(scale=0.8, widths=(4, 4, 8, 8), res_blocks=1, latent=4,
 TEXT = T5Config(vocab=768, width=24, mlp_width=32, heads=3, head_width=8, depth=2, shared_positions=True)
 DDIM = ScheduleConfig("ddim", "trailing", 3.0, betas="zero-snr", prediction="v")
 DPM = ScheduleConfig("dpm", "trailing", 1.0, betas="zero-snr", prediction="v", dynamic_guidance=True)
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random(module: nn.Module, seed: int = 1) -> nn.Module:
-    """Weights that keep activations near 1, gains and biases included."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        if p.ndim > 1:
-            p.data = noise * p[0].numel() ** -0.5
-        else:
-            p.data = 0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return module.eval().requires_grad_(False)
 
 
 def tiny(kind: str, **changes) -> CogVideoX:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidit.models.hunyuan_video import HunyuanVideo
 from minidit.presets import HunyuanVideoConfig
+from tests.tensors import fill, randn, random
 from tests.text.excerpt import renumbered
 from tests.weights_convert.tiny import LAYOUTS, save_sharded
 
@@ -44,30 +45,6 @@ CLIP = "clip-vit-large-patch14-text.original", {768: 20, 3072: 40}, r"text_model
 VAE_JSON = {"latent_channels": 4, "norm_num_groups": 2, "scaling_factor": 0.5, "layers_per_block": 2}
 LLAMA_JSON = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 3, "num_key_value_heads": 1}
 CLIP_JSON = {"architectures": ["CLIPModel"], "text_config": {"num_attention_heads": 2}}
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def fill(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Numbers that keep activations near 1."""
-    noise = torch.randn(shape, generator=generator)
-    if len(shape) > 1:
-        return noise * noise[0].numel() ** -0.5
-    return 0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-
-
-def random(module: nn.Module, seed: int = 1) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        p.data = fill(name, tuple(p.shape), generator)
-    return module.eval().requires_grad_(False)
 
 
 def tiny(seed: int = 1) -> HunyuanVideo:

@@ -128,6 +128,7 @@ class CrossAttention(nn.Module):
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """text (B, M, D) -> keys and values (B, N, M, K)"""
         k, v = self.kv(text).chunk(2, dim=-1)
+        v = v.contiguous()  # a view would keep the keys before their norm alive
         return self.k_norm.into_heads(k, self.heads), split_heads(v, self.heads)
 
     def forward(self, x: Tensor, cond: BlockCond) -> Tensor:

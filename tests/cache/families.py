@@ -18,7 +18,7 @@ from minidit.presets import LatteConfig, OpenSoraConfig, ScheduleConfig, WanConf
 from minidit.sampling import Forward, Outcome, denoise, site_shapes
 from minidit.schedules import Step, make_schedule
 from tests import tiny_cogvideox, tiny_hunyuan_video
-from tests.tiny_cogvideox import randn, random
+from tests.tensors import randn, random
 
 FAMILIES = ("wan", "hunyuan_video", "cogvideox", "open_sora", "latte")
 BOTH = ("cond", "uncond")

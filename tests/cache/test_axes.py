@@ -24,16 +24,12 @@ from minidit.sampling import Forward, denoise
 from minidit.schedules import make_schedule, make_table_schedule
 from tests.cache.reference_axes import UnrolledRun
 from tests.cache.reference_mixcache import mixcache_reference
-from tests.test_generate_latte import random, rel
+from tests.tensors import randn, random, rel
 
 SMALL = dict(width=48, mlp_width=64, heads=4, depth=4, text_width=16, text_len=8, freq_width=16)
 STEPS, BRANCHES = 10, ("cond", "uncond")
 SIZE = (3, 4, 6)  # latent (T, H, W): 18 tokens
 REL = 2e-5  # fp32: maps are written out here and fused there; through all blocks and steps, measured 7e-6
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sharp(model):

@@ -27,7 +27,8 @@ from minidit.settings import Choices
 from minidit_kernels.qk_norm_rope import rope
 from tests.cache.reference_mixcache import mixcache_reference
 from tests.cache.reference_unicp import UnrolledRun
-from tests.tiny_cogvideox import DDIM, DPM, randn, rel, save_tiny, tiny
+from tests.tensors import randn, rel
+from tests.tiny_cogvideox import DDIM, DPM, save_tiny, tiny
 
 BOTH = ("cond", "uncond")
 STEPS, SIZE = 16, (2, 4, 6)  # latent (T, H, W): 12 tokens, in patches of two frames 6

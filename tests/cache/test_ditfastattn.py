@@ -12,7 +12,7 @@ from minidit.cache.policies.ditfastattn import WAYS, DiTFastAttn, search_map, su
 from minidit.presets import ScheduleConfig
 from minidit.schedules import make_schedule
 from tests.cache.families import BOTH, FAMILIES, SIZE, ask, follow, forward_of, rel, rows_of, run_info
-from tests.tiny_cogvideox import randn
+from tests.tensors import randn
 
 WINDOW = Window(2, 100)
 

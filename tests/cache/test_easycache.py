@@ -9,7 +9,7 @@ from minidit.presets import ScheduleConfig
 from minidit.schedules import make_schedule
 from tests.cache.families import BOTH, FAMILIES, ask, computed_steps, follow, forward_of, rel, run_info
 from tests.cache.families import SIZE as LATENT
-from tests.tiny_cogvideox import randn
+from tests.tensors import randn
 
 
 @pytest.mark.parametrize(

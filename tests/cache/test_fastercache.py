@@ -13,7 +13,7 @@ from minidit.presets import ScheduleConfig
 from minidit.sampling import weigh_spectrum
 from minidit.schedules import make_schedule
 from tests.cache.families import BOTH, SIZE, ask, follow, forward_of, rel, run_info
-from tests.tiny_cogvideox import randn
+from tests.tensors import randn
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())["fastercache"]
 UNCOND, ATTENTION, OPEN_SORA = GOLDEN.values()

@@ -17,6 +17,7 @@ from minidit.cache.profile import describe, make_profile
 from minidit.generate import Engine
 from minidit.settings import Choices
 from tests.cache.families import ask, run_info
+from tests.tensors import rel_l1
 from tests.test_generate_latte import folder as latte_folder  # noqa: F401, a fixture
 from tests.tiny_cogvideox import DPM, save_tiny
 
@@ -179,10 +180,6 @@ def walked(engine, settings):
     return walk(engine, settings, PROMPTS, h(0), h(DEPTH))
 
 
-def l1(new, old) -> float:
-    return ((new - old).abs().sum() / old.abs().sum()).item()
-
-
 def residuals(found, branch):
     return [b - a for a, b in zip(found[h(0), branch], found[h(DEPTH), branch], strict=True)]
 
@@ -195,9 +192,9 @@ def test_teacaches_polynomial_is_that_of_tensors_by_hand(engine, settings, walke
             x = torch.zeros(1, *engine.latent_shape(one))
             context = forward.context.select(("cond",))
             times.append(forward.model.embed(x, torch.tensor([step.t]), context)[1].time)
-    xs = [l1(*pair) for pair in zip(times[1:], times, strict=False)]
+    xs = [rel_l1(*pair) for pair in zip(times[1:], times, strict=False)]
     rows = [residuals(found, branch) for found in walked for branch in ("cond", "uncond")]
-    ys = [np.mean([l1(row[i], row[i - 1]) for row in rows]) for i in range(1, STEPS)]
+    ys = [np.mean([rel_l1(row[i], row[i - 1]) for row in rows]) for i in range(1, STEPS)]
     data = profiles["teacache"].data["teacache"]
     assert data["signal"] == "time" and data["prompts"] == 2
     low, high = data["range"]
@@ -227,7 +224,7 @@ def test_adacaches_distances_are_those_of_tensors_by_hand(engine, settings):
     engine.denoise(one, text, policy=policy)
     assert [len(moved) for moved in policy.moved] == [min(i, 4) for i in range(LONG)]  # 6 of 30 is 4 of 20
     for i, moved in enumerate(policy.moved):
-        want = [l1(outs[i], outs[i - back]) for back in range(1, len(moved) + 1)]
+        want = [rel_l1(outs[i], outs[i - back]) for back in range(1, len(moved) + 1)]
         assert moved == pytest.approx(want, rel=1e-5)
 
 

@@ -28,7 +28,8 @@ from minidit.schedules import Schedule, make_schedule
 from minidit.settings import Choices
 from minidit_kernels.qk_norm_rope import rope
 from tests.cache.reference_mixcache import distance, mixcache_reference
-from tests.tiny_hunyuan_video import randn, rel, save_original, text, tiny
+from tests.tensors import randn, rel
+from tests.tiny_hunyuan_video import save_original, text, tiny
 from weights_convert.convert import convert
 
 SIZE, TOKENS = (3, 4, 6), 18  # latent (T, H, W)

@@ -32,6 +32,7 @@ from minidit.cache.store import Store, make_store
 from minidit.models.wan import Context, Wan
 from minidit.presets import WanConfig
 from minidit_kernels.modulate import gated_residual, modulate
+from tests.tensors import rel_l1
 
 CONFIG = WanConfig(width=48, mlp_width=64, heads=2, depth=4, channels=4, text_width=16, text_len=6)
 SHAPE = (1, 8, 48)  # of one branch's h
@@ -94,10 +95,6 @@ def blocks_by_hand(model, state: Tensor, lane: Lane, first: int = 0, last: int =
 
 def values_of(filled: dict, site, lane: Lane, age: int = 0) -> Tensor:
     return torch.cat([filled[site, branch][age] for branch in lane.branches])
-
-
-def rel_l1(new: Tensor, old: Tensor) -> float:
-    return ((new - old).abs().sum() / old.abs().sum()).item()
 
 
 @LAYOUTS

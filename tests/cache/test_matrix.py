@@ -24,7 +24,7 @@ from minidit.sampling import Forward, Outcome, denoise, noise_source
 from minidit.schedules import Schedule, TableSchedule, make_schedule, make_table_schedule
 from tests import tiny_cogvideox, tiny_hunyuan_video
 from tests.models import test_latte, test_open_sora, test_wan
-from tests.tiny_cogvideox import randn, random
+from tests.tensors import randn, random
 
 STEPS, BOTH = 10, ("cond", "uncond")
 GUIDANCE = 4.0

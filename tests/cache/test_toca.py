@@ -12,7 +12,7 @@ from minidit.cache.policies.toca import DuCa, ToCa
 from minidit.presets import ScheduleConfig
 from minidit.schedules import make_schedule
 from tests.cache.families import BOTH, FAMILIES, SIZE, TOKENS, ask, follow, forward_of, rel, run_info
-from tests.tiny_cogvideox import randn
+from tests.tensors import randn
 
 
 def plans(policy, run) -> list:

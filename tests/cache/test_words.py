@@ -67,15 +67,11 @@ from tests.cache.families import (
     states,
     store_of,
 )
-from tests.tiny_cogvideox import randn
+from tests.tensors import randn, rel_l1
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 PER_TOKEN = pytest.mark.parametrize("family", ["wan", "open_sora", "latte"])
 SAME = 2e-6  # fp32, batched or not: matrix products of other shapes
-
-
-def rel_l1(new, old) -> float:
-    return ((new - old).abs().sum() / old.abs().sum()).item()
 
 
 def both_layouts(family: str) -> list:

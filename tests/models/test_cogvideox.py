@@ -9,7 +9,8 @@ from minidit.models.cogvideox import CogVideoX, Context, cropped_axes, rope_tabl
 from minidit.presets import PRESETS
 from tests.recordings.base import open_recording
 from tests.recordings.cogvideox import run_dit
-from tests.tiny_cogvideox import CONFIGS, randn, rel, tiny
+from tests.tensors import randn, rel
+from tests.tiny_cogvideox import CONFIGS, tiny
 
 SIZE = (4, 6, 8)  # latent (T, H, W): 48 tokens, in patches of two frames 24
 REL = 1e-5  # fp32: what is compared differs in the order of sums only

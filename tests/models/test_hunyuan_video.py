@@ -9,7 +9,8 @@ from minidit.attention import FULL
 from minidit.cache.seam import BlockCache
 from minidit.models.hunyuan_video import HunyuanVideo, sinusoid
 from tests.recordings.base import load_upstream
-from tests.tiny_hunyuan_video import CONFIG, randn, rel, text, tiny
+from tests.tensors import randn, rel
+from tests.tiny_hunyuan_video import CONFIG, text, tiny
 
 REL = 2e-5  # fp32 on both sides: nothing but the order of sums
 SIZE = (3, 4, 6)  # latent (T, H, W): 18 tokens

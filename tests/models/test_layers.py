@@ -3,12 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from minidit.layers import LayerNorm, Linear, RMSNorm
+from tests.tensors import randn
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @DTYPES

@@ -2,7 +2,7 @@ import os
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minidit import attention
 from minidit.cache.seam import BlockCache
@@ -11,20 +11,12 @@ from minidit.presets import PRESETS, OpenSoraConfig
 from minidit.weights import is_fp32
 from tests.recordings.base import open_recording
 from tests.recordings.open_sora import run_open_sora_dit
+from tests.tensors import randn, rel
 
 TINY = OpenSoraConfig(width=48, mlp_width=80, heads=4, depth=3, text_width=16, text_len=8, freq_width=16)
 SIZE = (3, 5, 6)  # latent (T, H, W): 3x3 places a frame, one row of them padded
 VIDEO = Video(40, 48, 24)
 REL = 1e-5  # fp32: what is compared differs in the order of sums only
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tiny(dtype: torch.dtype = torch.float32) -> OpenSora:

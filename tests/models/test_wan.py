@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minidit import attention
 from minidit.cache.seam import BlockCache
@@ -10,21 +10,13 @@ from minidit.presets import PRESETS, WanConfig
 from minidit.weights import is_fp32
 from tests.recordings.base import open_recording
 from tests.recordings.wan import wan_transformer
+from tests.tensors import randn, rel
 
 TINY = WanConfig(
     width=48, mlp_width=80, heads=4, depth=3, channels=4, text_width=16, text_len=8, freq_width=16
 )
 SIZE = (3, 4, 6)  # latent (T, H, W): 18 tokens
 REL = 1e-5  # fp32: what is compared differs in the order of sums only
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tiny_wan(dtype: torch.dtype = torch.float32) -> Wan:

@@ -5,7 +5,7 @@ from minidit.presets import CLIPTextConfig
 from minidit.text.clip import CLIPText
 from tests.parity import compare
 from tests.recordings.base import load_upstream, open_recording
-from tests.tiny_hunyuan_video import random, rel
+from tests.tensors import random, rel
 
 REL = 2e-5  # fp32 on both sides: nothing but the order of sums
 CONFIG = CLIPTextConfig(vocab=50, width=32, mlp_width=48, heads=4, depth=2, positions=16)

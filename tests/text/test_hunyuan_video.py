@@ -18,8 +18,8 @@ from minidit.text.llama import LlamaEncoder
 from minidit.text.tokenizers import CLIPTokenizer, LlamaTokenizer
 from tests.parity import compare
 from tests.recordings.base import open_recording
+from tests.tensors import random, rel
 from tests.text.excerpt import excerpt, renumbered
-from tests.tiny_hunyuan_video import random, rel
 
 HERE = Path(__file__).parent
 START, EOT = 128000, 128009

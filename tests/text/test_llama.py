@@ -4,7 +4,7 @@ import torch
 from minidit.presets import LlamaConfig
 from minidit.text.llama import UNUSED_LAYERS, LlamaEncoder, rotate
 from tests.recordings.base import load_upstream
-from tests.tiny_hunyuan_video import randn, random, rel
+from tests.tensors import randn, random, rel
 
 REL = 2e-5  # fp32 on both sides: nothing but the order of sums
 CONFIG = LlamaConfig(vocab=50, width=32, mlp_width=48, heads=4, kv_heads=2, depth=2)

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from minidit.presets import T5Config
 from minidit.text.t5 import T5Encoder, position_buckets
+from tests.tensors import rel
 
 TINY = T5Config(vocab=40, width=32, mlp_width=48, heads=4, head_width=8, depth=2)
 
@@ -70,10 +71,6 @@ def padded_batch(g, vocab, lengths):
     return torch.randint(3, vocab, mask.shape, generator=g) * mask, mask
 
 
-def relative(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
 @torch.no_grad()
 def test_umt5_reproduces_the_recording(goldens):
     folder = goldens("umt5_encoder")
@@ -81,7 +78,7 @@ def test_umt5_reproduces_the_recording(goldens):
     encoder = T5Encoder(T5Config(vocab=131, width=48, mlp_width=112, heads=4, head_width=16, depth=3))
     encoder.load_state_dict(convert(load_file(folder / "weights.safetensors"), WAN_NAMES))
     # fp32 rounding only; exact GELU instead of its tanh form would change 3e-4
-    assert relative(encoder(io["in.ids"], io["in.mask"]), io["out.hidden"]) < 1e-5
+    assert rel(encoder(io["in.ids"], io["in.mask"]), io["out.hidden"]) < 1e-5
 
 
 @torch.no_grad()
@@ -94,7 +91,7 @@ def test_t5_v1_1_reproduces_the_recording(goldens):
     encoder = T5Encoder(config)
     encoder.load_state_dict(convert(load_file(folder / "weights.safetensors"), TRANSFORMERS_NAMES))
     out = encoder(io["in.input_ids"], io["in.attention_mask"])
-    assert relative(out, io["out.last_hidden_state"]) < 1e-5  # fp32 rounding only
+    assert rel(out, io["out.last_hidden_state"]) < 1e-5  # fp32 rounding only
 
 
 @torch.no_grad()
@@ -108,8 +105,8 @@ def test_t5_with_and_without_mask_reproduces_the_recording(goldens):
     encoder.load_state_dict(convert(load_file(folder / "weights.safetensors"), TRANSFORMERS_NAMES))
     ids, mask = io["in.input_ids"], io["in.attention_mask"]
     unmasked, masked, valid = encoder(ids, torch.ones_like(mask)), encoder(ids, mask), mask.bool()
-    assert relative(unmasked, io["out.last_hidden_state"]) < 1e-5  # fp32 rounding only
-    assert relative(masked[valid], io["out.last_hidden_state_masked"][valid]) < 1e-5
+    assert rel(unmasked, io["out.last_hidden_state"]) < 1e-5  # fp32 rounding only
+    assert rel(masked[valid], io["out.last_hidden_state_masked"][valid]) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["UMT5", "T5"])

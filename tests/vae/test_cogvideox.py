@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from minidit.vae.cogvideox import CausalConv, CogVideoXVAE, LatentNorm, Tiling, chunks, stretch
 from tests.recordings.base import open_recording
 from tests.recordings.cogvideox import run_vae
-from tests.tiny_cogvideox import VAE, randn, random, rel
+from tests.tensors import randn, random, rel
+from tests.tiny_cogvideox import VAE
 
 REL = 2e-5  # fp32: what is compared differs in the order of sums only, over some 40 layers
 

@@ -6,7 +6,7 @@ import torch
 from minidit.presets import HunyuanVAEConfig
 from minidit.vae.hunyuan_video import HunyuanVAE, blend
 from tests.recordings.base import load_upstream
-from tests.tiny_hunyuan_video import randn, random, rel
+from tests.tensors import randn, random, rel
 
 REL = 2e-5  # fp32 on both sides: nothing but the order of sums
 CONFIG = HunyuanVAEConfig(widths=(4, 4, 8, 8), res_blocks=1, latent=4, groups=2, tile=32, tile_frames=16)

@@ -2,25 +2,16 @@ import os
 
 import pytest
 import torch
-from torch import Tensor
 
 from minidit.presets import KLConfig
 from minidit.vae.kl import KLVAE
 from tests.recordings.base import open_recording
 from tests.recordings.latte import frames_of, kl_vae
+from tests.tensors import randn, rel
 
 TINY = KLConfig(widths=(8, 8, 16, 16), res_blocks=1, latent=3, groups=4)
 TEMPORAL = KLConfig(widths=(8, 8, 16, 16), res_blocks=1, latent=3, groups=4, is_temporal=True, chunk=4)
 REL = 2e-5  # fp32: recordings differ in the order of sums only, over some 40 layers
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tiny_vae(config: KLConfig) -> KLVAE:

@@ -2,26 +2,17 @@ import os
 
 import pytest
 import torch
-from torch import Tensor
 
 from minidit.presets import OpenSoraVAEConfig
 from minidit.vae.open_sora import CausalConv, OpenSoraVAE
 from tests.recordings.base import open_recording
 from tests.recordings.open_sora import run_open_sora_vae
+from tests.tensors import randn, rel
 
 TINY = OpenSoraVAEConfig(
     widths=(8, 8, 16, 16), res_blocks=1, groups=4, time_base=8, time_blocks=1, time_groups=4
 )
 REL = 2e-5  # fp32: recordings differ in the order of sums only, over some 60 layers
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

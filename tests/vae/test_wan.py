@@ -7,18 +7,10 @@ from torch import Tensor
 from minidit.presets import WAN21_MEAN, WAN21_STD, WanVAEConfig
 from minidit.vae.wan import CausalConv, ChannelNorm, WanVAE
 from tests.recordings.base import load_upstream
+from tests.tensors import randn, rel
 
 TINY = WanVAEConfig(base=4, latent=3, mean=(0.2, -0.5, 0.0), std=(1.5, 0.7, 2.0), res_blocks=1)
 REL = 2e-5  # fp32: chunks and recordings differ in the order of sums only, over some 40 layers
-
-
-def rel(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tiny_vae() -> WanVAE:

@@ -14,19 +14,8 @@ from safetensors.torch import load_file, save_file
 from minidit.generate import Engine
 from minidit.presets import PRESETS
 from minidit.text.tokenizers import CLIPTokenizer
-from tests.tiny_hunyuan_video import (
-    CONFIG,
-    DIT,
-    EXCERPTS,
-    FOLDER,
-    LLAMA,
-    VAE,
-    original,
-    randn,
-    rel,
-    save_original,
-    text,
-)
+from tests.tensors import randn, rel
+from tests.tiny_hunyuan_video import CONFIG, DIT, EXCERPTS, FOLDER, LLAMA, VAE, original, save_original, text
 from weights_convert.checkpoint import MappedPickle
 from weights_convert.convert import convert
 from weights_convert.layouts import check_one, make_config, read_layout, recognise

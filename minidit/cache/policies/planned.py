@@ -17,7 +17,7 @@ class Planned:
     share: of the steps, to compute
     """
 
-    knob = ("share", 0.1, 0.95)  # what compare tunes, and its bounds
+    knob = ("share", 0.2, 0.95)  # what compare tunes, and its bounds
     needs_values = False
 
     def __init__(self, share: float = 0.5, profile: dict | None = None):
