@@ -96,7 +96,6 @@ def run(forward: Forward, schedule: Schedule, noise: Tensor, policy) -> tuple[li
         ("distances", measure, "distance_sums"),
         ("keeps", Ring, "push"),
         ("read-back", Measurements, "read"),
-        ("read-back", Measurements, "watch"),
         ("loads", Store, "mix"),
         ("solver", sampling, "guide"),
         ("solver", Schedule, "step"),

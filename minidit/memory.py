@@ -77,7 +77,8 @@ def keep_large_off_heap() -> None:
 def give_back_heap() -> None:
     """On Linux, what the C library keeps of freed memory goes back to the system.
 
-    0.4 GiB, in 0.05 s, once 1.3B parameters have denoised and are let go.
+    7 MiB once 1.3B parameters have denoised 5 frames of 128x128; 0.4 GiB, in 0.05 s, were large memory in
+    the heap too.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
