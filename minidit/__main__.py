@@ -12,15 +12,11 @@ from typing import Any
 from minidit import __version__
 from minidit.errors import Parser, one_line, own_line, printable
 from minidit.flags import (
-    OFFLOAD_HELP,
-    add_engine_flags,
-    add_keep_flags,
-    add_memory_flags,
-    add_rank_flags,
-    add_run_flags,
-    add_size_flags,
-    add_tiled_flag,
-    add_weights_flag,
+    add_compare_flags,
+    add_decode_flags,
+    add_generate_flags,
+    add_inspect_flags,
+    add_profile_flags,
 )
 from minidit.presets import PRESETS
 from minidit.stopping import FAILURES, Stopped, Unfinished, goes_on, on_signals, stop_now
@@ -126,19 +122,11 @@ def check_ranks(args: argparse.Namespace, world) -> None:
     args.quiet |= not (world.shares_videos and world.is_first)
 
 
-def make_videos(
-    args: argparse.Namespace, past: dict, jobs: list[tuple[str, Path, int]], world, count: int
-) -> list[str]:
-    """The videos of this process -> the names of those that failed.
-
-    past: settings of --from's file · world: this process is one of its ranks · count: videos of all ranks
-    """
-    from minidit.generate import Choices, Engine, Stopwatch
-    from minidit.settings import set_threads
+def make_engine(args: argparse.Namespace, past: dict, world):
+    """The engine of a run. past: settings of --from's file · world: the ranks that share its videos"""
+    from minidit.generate import Engine
     from minidit.text.states import default_folder
-    from minidit.video import check_output
 
-    shared = world if world is not None and world.shares_videos else None
     model, dtype = args.model or past.get("model", "demo"), args.dtype or past.get("dtype")
     engine = Engine(
         model,
@@ -151,35 +139,66 @@ def make_videos(
         weights=args.weights or past.get("weights", "full"),
         offload=args.offload,
         cache_budget=args.cache_budget,
-        world=shared,
+        world=world,
     )
     if past and not args.model and past.get("model_id") != engine.model_id:
         raise ValueError(
             f"{args.from_file} was made by model {past.get('model_id')}, {model} is {engine.model_id}; "
             f"name a model with --model to use its settings all the same"
         )
+    return engine
+
+
+def chosen(args: argparse.Namespace, past: dict):
+    """The choices of --from's file, and over them those of the command line."""
+    from minidit.generate import Choices
+
     names = [f.name for f in fields(Choices)]
-    chosen = {name: past[name] for name in names if name in past}
-    chosen |= {name: value for name in names if (value := getattr(args, name)) is not None}
-    if ".py:" in chosen.get("cache", "") and args.cache is None:
+    found = {name: past[name] for name in names if name in past}
+    found |= {name: value for name in names if (value := getattr(args, name)) is not None}
+    if ".py:" in found.get("cache", "") and args.cache is None:
         raise ValueError(
-            f"{args.from_file} was made with {chosen['cache']}, which is code; name it with --cache to run it"
+            f"{args.from_file} was made with {found['cache']}, which is code; name it with --cache to run it"
         )
-    choices = Choices(**chosen)
+    return Choices(**found)
+
+
+def left_to_make(args: argparse.Namespace, videos: list[tuple[Any, Path]], shared) -> list[tuple[Any, Path]]:
+    """(settings, output) of the videos that are not finished; refuses outputs that cannot be written."""
+    from minidit.video import check_output
+
+    for settings, output in videos:
+        check_output(output, settings.fps)
+    left = videos
+    if args.layout == "vbench":
+        left = unfinished(videos)
+    elif args.prompts or (args.resume and not (args.trace or args.timeline)):
+        left = [(settings, path) for settings, path in videos if not is_finished(settings, path)]
+    if shared:  # the first rank writes the files, and alone has to see them
+        names = shared.told([str(path) for _, path in left])
+        left = [(settings, path) for settings, path in videos if str(path) in names]
+    return left
+
+
+def make_videos(
+    args: argparse.Namespace, past: dict, jobs: list[tuple[str, Path, int]], world, count: int
+) -> list[str]:
+    """The videos of this process -> the names of those that failed.
+
+    past: settings of --from's file · world: this process is one of its ranks · count: videos of all ranks
+    """
+    from minidit.generate import Stopwatch
+    from minidit.settings import set_threads
+
+    shared = world if world is not None and world.shares_videos else None
+    engine = make_engine(args, past, shared)
+    choices = chosen(args, past)
     runs = [
         engine.resolve(prompt, replace(choices, seed=choices.seed + offset)) for prompt, _, offset in jobs
     ]
-    for settings, (_, output, _) in zip(runs, jobs, strict=True):
-        check_output(output, settings.fps)
-    videos = [(settings, output) for settings, (_, output, _) in zip(runs, jobs, strict=True)]
-    if args.layout == "vbench":
-        videos = unfinished(videos)
-    elif args.prompts or (args.resume and not (args.trace or args.timeline)):
-        videos = [(settings, path) for settings, path in videos if not is_finished(settings, path)]
-    if shared:  # the first rank writes the files, and alone has to see them
-        left = shared.told([str(path) for _, path in videos])
-        pairs = zip(runs, (path for _, path, _ in jobs), strict=True)
-        videos = [(settings, path) for settings, path in pairs if str(path) in left]
+    videos = left_to_make(
+        args, [(run, output) for run, (_, output, _) in zip(runs, jobs, strict=True)], shared
+    )
     if len(videos) < len(jobs):
         print(f"{len(jobs) - len(videos)} of {len(jobs)} videos are finished")
     if not videos:
@@ -609,108 +628,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"minidit {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add = lambda name, run: add_command(commands, name, run)
-
-    p = add("generate", generate)
-    p.add_argument("prompt", nargs="?", help="what the video shows")
-    p.add_argument(
-        "--from", dest="from_file", type=Path, metavar="FILE", help="make a video of minidit's again"
-    )
-    add_engine_flags(p)
-    p.add_argument("--verify", action="store_true", help="compare the model's files with their sha256 first")
-    p.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile the transformer's blocks: a minute at first; on a CPU it needs a C++ compiler",
-    )
-    add_memory_flags(p)
-    add_run_flags(p)
-    p.add_argument(
-        "--output", type=Path, metavar="FILE", help=".mp4, .gif, .png or .npz (a folder for --prompts)"
-    )
-    p.add_argument("--samples", type=int, default=1, metavar="N", help="videos of every prompt of --prompts")
-    p.add_argument(
-        "--layout",
-        choices=("numbered", "vbench"),
-        default="numbered",
-        help="vbench: files are PROMPT-SAMPLE.mp4, as VBench looks for them; finished ones are skipped",
-    )
-    p.add_argument("--fps", type=float, help="of the file; the model does not see it")
-    add_tiled_flag(p)
-    method = p.add_mutually_exclusive_group()
-    method.add_argument("--cache", metavar="SPEC", help="caching method, such as mixcache:eff (none)")
-    p.add_argument("--profiles", type=Path, metavar="DIR", help="caching profiles, if not the model's own")
-    add_keep_flags(p)
-    add_rank_flags(p)
-    p.add_argument("--allow-inert", action="store_true", help="a cache that never acts is no error")
-    p.add_argument("--trace", type=Path, metavar="FILE", help="write a log of every step as JSON")
-    p.add_argument(
-        "--timeline", type=Path, metavar="FILE", help="draw what every step ran and reused, a .png"
-    )
-    again = "force the plans of a trace again"
-    method.add_argument("--replay", dest="cache", type="replay:{}".format, metavar="FILE", help=again)
-
-    p = add("compare", compare)
-    p.add_argument("--cache", action="append", default=[], metavar="SPEC", help="a method; once for each")
-    p.add_argument(
-        "--sweep",
-        action="append",
-        default=[],
-        metavar="SPEC",
-        help="a method over a range of one option: NAME:OPTION=LOW..HIGH/N is N of them",
-    )
-    p.add_argument(
-        "--match", metavar="macs=S", help="tune every method to this share of the uncached multiply-adds"
-    )
-    add_engine_flags(p)
-    p.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
-    add_weights_flag(p)
-    add_run_flags(p)
-    p.add_argument("--seeds", type=int, default=1, metavar="N", help="videos of every prompt")
-    p.add_argument(
-        "--tune-prompts", type=Path, metavar="FILE", help="prompts for --match, one per line; not the table's"
-    )
-    p.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder (compare) of report.html, videos, pictures, and of what a second call takes from it",
-    )
-    p.add_argument("--json", type=Path, metavar="FILE", help="all numbers (DIR/compare.json)")
-    p.add_argument("--fps", type=float, help="of the files; the model does not see it")
-    p.add_argument("--profiles", type=Path, metavar="DIR", help="caching profiles, if not the model's own")
-    add_tiled_flag(p)
-
-    p = add("profile", profile)
-    methods = "mixcache, unicp, planned, teacache, magcache, adacache, ditfastattn; else mixcache+unicp"
-    p.add_argument("--cache", default="mixcache+unicp", metavar="METHOD", help=methods)
-    add_engine_flags(p)
-    add_weights_flag(p)
-    add_run_flags(p)
-    p.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder of the profiles, if not the model's own"
-    )
-    p.add_argument("--figure", type=Path, metavar="FILE", help="draw redundancy and impact, a .png")
-
-    p = add("decode", decode)
-    p.add_argument("latents", type=Path, help="a .latents.safetensors that generate left behind")
-    p.add_argument("--output", type=Path, metavar="FILE", help=".mp4, .gif, .png or .npz")
-    add_engine_flags(p)
-    add_tiled_flag(p)
-
+    add_generate_flags(add("generate", generate))
+    add_compare_flags(add("compare", compare))
+    add_profile_flags(add("profile", profile))
+    add_decode_flags(add("decode", decode))
     add("models", models)
     p = add("caches", caches)
     p.add_argument("name", nargs="?", metavar="NAME", help="explain this method, and list its options")
-
-    p = add("inspect", inspect)
-    p.add_argument(
-        "--model", default="demo", help="a model folder, demo (default), or a release such as wan2.1-t2v-14b"
-    )
-    add_size_flags(p)
-    p.add_argument("--dtype", default="bf16", help="bf16 (default), fp32 or fp16")
-    p.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="that it would run on (cuda)")
-    p.add_argument("--cache", default="none", metavar="SPEC", help="caching method (none)")
-    add_weights_flag(p)
-    p.add_argument("--offload", default="none", choices=("none", "parts", "blocks"), help=OFFLOAD_HELP)
+    add_inspect_flags(add("inspect", inspect))
     return top
 
 

@@ -1,4 +1,4 @@
-"""Flags that several commands have, and how their values are read. Standard library only."""
+"""The flags of every command, and how their values are read. Standard library only."""
 
 import argparse
 import re
@@ -9,6 +9,109 @@ OFFLOAD_HELP = (
 )
 PROMPTS_HELP = """one prompt per line; generate leaves out the videos that are finished, and where one fails
 (a full disk aside) makes the others all the same"""
+
+
+def add_generate_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("prompt", nargs="?", help="what the video shows")
+    p.add_argument(
+        "--from", dest="from_file", type=Path, metavar="FILE", help="make a video of minidit's again"
+    )
+    add_engine_flags(p)
+    p.add_argument("--verify", action="store_true", help="compare the model's files with their sha256 first")
+    p.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the transformer's blocks: a minute at first; on a CPU it needs a C++ compiler",
+    )
+    add_memory_flags(p)
+    add_run_flags(p)
+    p.add_argument(
+        "--output", type=Path, metavar="FILE", help=".mp4, .gif, .png or .npz (a folder for --prompts)"
+    )
+    p.add_argument("--samples", type=int, default=1, metavar="N", help="videos of every prompt of --prompts")
+    p.add_argument(
+        "--layout",
+        choices=("numbered", "vbench"),
+        default="numbered",
+        help="vbench: files are PROMPT-SAMPLE.mp4, as VBench looks for them; finished ones are skipped",
+    )
+    p.add_argument("--fps", type=float, help="of the file; the model does not see it")
+    add_tiled_flag(p)
+    method = p.add_mutually_exclusive_group()
+    method.add_argument("--cache", metavar="SPEC", help="caching method, such as mixcache:eff (none)")
+    p.add_argument("--profiles", type=Path, metavar="DIR", help="caching profiles, if not the model's own")
+    add_keep_flags(p)
+    add_rank_flags(p)
+    p.add_argument("--allow-inert", action="store_true", help="a cache that never acts is no error")
+    p.add_argument("--trace", type=Path, metavar="FILE", help="write a log of every step as JSON")
+    p.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="draw what every step ran and reused, a .png"
+    )
+    again = "force the plans of a trace again"
+    method.add_argument("--replay", dest="cache", type="replay:{}".format, metavar="FILE", help=again)
+
+
+def add_compare_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--cache", action="append", default=[], metavar="SPEC", help="a method; once for each")
+    p.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="a method over a range of one option: NAME:OPTION=LOW..HIGH/N is N of them",
+    )
+    p.add_argument(
+        "--match", metavar="macs=S", help="tune every method to this share of the uncached multiply-adds"
+    )
+    add_engine_flags(p)
+    p.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+    add_weights_flag(p)
+    add_run_flags(p)
+    p.add_argument("--seeds", type=int, default=1, metavar="N", help="videos of every prompt")
+    p.add_argument(
+        "--tune-prompts", type=Path, metavar="FILE", help="prompts for --match, one per line; not the table's"
+    )
+    p.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder (compare) of report.html, videos, pictures, and of what a second call takes from it",
+    )
+    p.add_argument("--json", type=Path, metavar="FILE", help="all numbers (DIR/compare.json)")
+    p.add_argument("--fps", type=float, help="of the files; the model does not see it")
+    p.add_argument("--profiles", type=Path, metavar="DIR", help="caching profiles, if not the model's own")
+    add_tiled_flag(p)
+
+
+def add_profile_flags(p: argparse.ArgumentParser) -> None:
+    methods = "mixcache, unicp, planned, teacache, magcache, adacache, ditfastattn; else mixcache+unicp"
+    p.add_argument("--cache", default="mixcache+unicp", metavar="METHOD", help=methods)
+    add_engine_flags(p)
+    add_weights_flag(p)
+    add_run_flags(p)
+    p.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the profiles, if not the model's own"
+    )
+    p.add_argument("--figure", type=Path, metavar="FILE", help="draw redundancy and impact, a .png")
+
+
+def add_decode_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("latents", type=Path, help="a .latents.safetensors that generate left behind")
+    p.add_argument("--output", type=Path, metavar="FILE", help=".mp4, .gif, .png or .npz")
+    add_engine_flags(p)
+    add_tiled_flag(p)
+
+
+def add_inspect_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--model", default="demo", help="a model folder, demo (default), or a release such as wan2.1-t2v-14b"
+    )
+    add_size_flags(p)
+    p.add_argument("--dtype", default="bf16", help="bf16 (default), fp32 or fp16")
+    p.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="that it would run on (cuda)")
+    p.add_argument("--cache", default="none", metavar="SPEC", help="caching method (none)")
+    add_weights_flag(p)
+    p.add_argument("--offload", default="none", choices=("none", "parts", "blocks"), help=OFFLOAD_HELP)
 
 
 def add_keep_flags(p: argparse.ArgumentParser) -> None:

@@ -339,9 +339,7 @@ def denoise(
         outcome.records.extend(start.records)
     done, waiting, since = len(outcome.records), [], 0.0
     ahead = runs_ahead(policy, noise)
-    with tqdm(
-        total=len(steps), initial=done, desc="denoise", unit="step", disable=not progress, smoothing=0.1
-    ) as bar:
+    with progress_bar(len(steps), done, progress) as bar:
         for step in steps[done:]:
             started = time.perf_counter()
             plan, gates = policy.plan(step), GateLog(policy)
@@ -364,6 +362,11 @@ def denoise(
                 on_state(Snapshot(x, state, store.rings, outcome.records))
     outcome.latents, outcome.cache_bytes = x, store.bytes  # folded projections come on the way
     return outcome
+
+
+def progress_bar(steps: int, done: int, is_shown: bool) -> tqdm:
+    """Steps done, and how long the rest is going to take."""
+    return tqdm(total=steps, initial=done, desc="denoise", unit="step", disable=not is_shown, smoothing=0.1)
 
 
 def run_info(forward: Forward, steps: Sequence[Step], family: str, preset: str) -> RunInfo:
