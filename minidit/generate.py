@@ -265,7 +265,7 @@ class Engine:
         steps = self.family.schedule(settings).steps(settings.cfg_scale)
         subs = find_class(self.part("transformer").class_name).subs
         branches = self.family.branches(settings.cfg_scale)
-        preset, tokens = self.manifest.preset or "", self.family.tokens(self.latent_shape(settings))
+        preset, tokens = self.manifest.preset or "", self.tokens_of(settings)
         family = self.manifest.family
         run = RunInfo(steps, self.family.depth, subs, branches, family, (), preset, tokens)
         if (layout := self.layout(settings)) is not None:
@@ -440,7 +440,7 @@ class Engine:
         """The transformer with everything that no step of this run changes."""
         model = self.module("transformer")
         context = self.family.prepare(model, text, settings)
-        tokens = self.family.tokens(self.latent_shape(settings))
+        tokens = self.tokens_of(settings)
         batched, layout = settings.batched_guidance, self.layout(settings)
         if layout is not None:
             self.world.meet()  # the weights of one rank may take longer to load than a collective may wait

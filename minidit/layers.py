@@ -110,6 +110,12 @@ class TimeMlp(nn.Module):
         return self.down(F.silu(self.up(x.to(self.up.weight.dtype))))
 
 
+def modulation_table(rows: int, width: int) -> Tensor:
+    """Start values of variance 1/D; uniform, as a normal draw is slow on the meta device."""
+    bound = (3 / width) ** 0.5
+    return torch.empty(rows, width).uniform_(-bound, bound)
+
+
 def take_rows(x: Tensor, rows: list[int]) -> Tensor:
     """Some rows of a batch; a view, not a copy, where it is one row. x (B, ...) -> (len(rows), ...)"""
     return x[rows[0] : rows[0] + 1] if len(rows) == 1 else x[rows]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minidit.attention import Backend, FoldableAttention, TextAttention
 from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.seam import BlockCache
-from minidit.layers import Linear, Mlp, TimeMlp, take_rows, timestep_sinusoid
+from minidit.layers import Linear, Mlp, TimeMlp, modulation_table, take_rows, timestep_sinusoid
 from minidit.presets import LatteConfig
 from minidit_kernels.modulate import gated_residual, modulate
 
@@ -90,12 +90,6 @@ def grid_positions(rows: int, columns: int, config: LatteConfig) -> Tensor:
     column = axis(columns)[None].expand(rows, -1, -1)
     row = axis(rows)[:, None].expand(-1, columns, -1)
     return torch.cat((column, row), dim=2).flatten(0, 1).float()
-
-
-def modulation_table(rows: int, width: int) -> Tensor:
-    """Start values of variance 1/D; uniform, as a normal draw is slow on the meta device."""
-    bound = (3 / width) ** 0.5
-    return torch.empty(rows, width).uniform_(-bound, bound)
 
 
 class LatteBlock(nn.Module):

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from minidit.attention import FULL, AxisAttention, Backend, Full, Sliced, TextAttention, split_heads
 from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.seam import BlockCache
-from minidit.layers import Linear, Mlp, RMSNorm, TimeMlp, rope_axis, take_rows, timestep_sinusoid
+from minidit.layers import (
+    Linear,
+    Mlp,
+    RMSNorm,
+    TimeMlp,
+    modulation_table,
+    rope_axis,
+    take_rows,
+    timestep_sinusoid,
+)
 from minidit.presets import OpenSoraConfig
 from minidit_kernels.modulate import gated_residual, modulate
 
@@ -104,12 +113,6 @@ def grid_positions(rows: int, columns: int, video: Video, config: OpenSoraConfig
     column = axis(columns)[None].expand(rows, -1, -1)
     row = axis(rows)[:, None].expand(-1, columns, -1)
     return torch.cat((column, row), dim=2).flatten(0, 1).float()
-
-
-def modulation_table(rows: int, width: int) -> Tensor:
-    """Start values of variance 1/D; uniform, as a normal draw is slow on the meta device."""
-    bound = (3 / width) ** 0.5
-    return torch.empty(rows, width).uniform_(-bound, bound)
 
 
 def modulate_groups(h: Tensor, scale: Tensor, shift: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from minidit.attention import FULL, Backend, Full, Sliced, attend, attention, merge_heads, split_heads
 from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.seam import BlockCache
-from minidit.layers import LayerNorm, Linear, Mlp, RMSNorm, TimeMlp, rope_axis, take_rows, timestep_sinusoid
+from minidit.layers import (
+    LayerNorm,
+    Linear,
+    Mlp,
+    RMSNorm,
+    TimeMlp,
+    modulation_table,
+    rope_axis,
+    take_rows,
+    timestep_sinusoid,
+)
 from minidit.presets import WanConfig
 from minidit_kernels.modulate import gated_residual, modulate
 
@@ -78,12 +88,6 @@ def rope_table(grid: tuple[int, int, int], width: int) -> tuple[Tensor, Tensor]:
         dim=-1,
     ).flatten(0, 2)
     return angle.cos().float(), angle.sin().float()
-
-
-def modulation_table(rows: int, width: int) -> Tensor:
-    """Start values of variance 1/D; uniform, as a normal draw is slow on the meta device."""
-    bound = (3 / width) ** 0.5
-    return torch.empty(rows, width).uniform_(-bound, bound)
 
 
 class SelfAttention(nn.Module):
