@@ -32,13 +32,15 @@ LAYERS = {
         *PLAN, "minidit.cache.placement", "minidit.cache.policies.(magcache_ratios|teacache_polynomials)"
     ),
     "minidit.cache.(macs|spec|trace)": HOST_ONLY,
-    "minidit.cache.(loop|seam|recorder|store|measure)": (
+    "minidit.cache.store": (*PLAN, "minidit.attention", "minidit.memory", "minidit_kernels.*", "torch"),
+    "minidit.cache.(loop|seam|recorder|measure)": (
         *PLAN, "minidit.cache.(seam|recorder|store|measure)", "minidit.attention", "minidit_kernels.*",
         "torch",
     ),
     "minidit.attention_table": (),
     "minidit.exchange": ("torch",),
-    "minidit.(layers|attention)": (*TENSORS, "minidit.attention_table", "minidit.exchange"),
+    "minidit.layers": TENSORS,
+    "minidit.attention": (*TENSORS, "minidit.attention_table", "minidit.exchange", "minidit.layers"),
     "minidit.errors": (),
     "minidit.tensor_files": ("safetensors",),
     "minidit.(weights|schedules)": ("minidit.presets", "minidit.(tensor_files|memory)", *TENSORS),
@@ -51,8 +53,9 @@ LAYERS = {
         *PARTS, *TENSORS, "minidit.text.(prompts|tokenizers)", "ftfy", "tokenizers"
     ),  # a family's prompts upon what all families share
     "minidit.text.*": (*PARTS, *TENSORS, "sentencepiece", "ftfy", "tokenizers"),
-    "minidit.vae.open_sora": (*PARTS, "minidit.vae.kl", *TENSORS),  # a video autoencoder upon that of images
-    "minidit.vae.*": (*PARTS, *TENSORS),
+    "minidit.vae.tiles": TENSORS,
+    "minidit.vae.open_sora": (*PARTS, "minidit.vae.(kl|tiles)", *TENSORS),  # one of videos upon one of images
+    "minidit.vae.*": (*PARTS, "minidit.vae.tiles", *TENSORS),
     "minidit.report": (*ANYTHING, "matplotlib"),
     r"minidit.(\w+|cache.(profile|calibrate|forecasts|fits))": ANYTHING,
     "minidit": ANYTHING,

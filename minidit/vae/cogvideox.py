@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minidit.presets import CogVideoXVAEConfig
+from minidit.vae.tiles import Tiles, Watch, decode_bytes
 
 State = dict[nn.Module, Tensor]  # layer -> the last two frames of its input, (B, C, 2, H, W)
 LATENT_CHUNK = 2  # latent frames that go through the decoder together
@@ -230,8 +231,8 @@ class Decoder(nn.Module):
 class CogVideoXVAE(nn.Module):
     """Video (B, 3, T, H, W) in [-1, 1] to latents (B, C, 1 + (T - 1) / 4, H / 8, W / 8) and back.
 
-    tiled: cut what is larger than a tile into overlapping tiles that are blended; less memory, other numbers.
-    Runs, and answers, in the dtype of its weights.
+    tiled: cut what is larger than config.tile into overlapping tiles; less memory, other pixels, since norms
+    and convolutions see a tile alone. Runs, and answers, in the dtype of its weights.
     """
 
     keep_fp32 = ()
@@ -254,10 +255,10 @@ class CogVideoXVAE(nn.Module):
     def moments(self, video: Tensor, *, tiled: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents, not scaled. (B, 3, T, H, W) -> two (B, C, t, h, w)"""
         check_input("video", video, 3, "(B, 3, T, H, W)")
-        tiling = Tiling(self.config.tile, self.latent_tile) if tiled else None
-        parts = chunks(video.to(self.encoder.conv_in.weight.dtype), LATENT_CHUNK * self.time_stride)
-        x = torch.cat(list(streamed(self.encoder, parts, tiling)), dim=2)  # (B, 2C, t, h, w)
-        return x.chunk(2, dim=1)
+        code = lambda plane: streamed(self.encoder, chunks(plane, LATENT_CHUNK * self.time_stride))
+        x = video.to(self.encoder.conv_in.weight.dtype)
+        parts = Tiles(self.config.tile, self.latent_tile, OVERLAP).stream(code, x) if tiled else code(x)
+        return torch.cat(list(parts), dim=2).to(video.device).chunk(2, dim=1)  # (B, 2C, t, h, w)
 
     def encode(self, video: Tensor, *, tiled: bool = False) -> Tensor:
         """Scaled latents, without sampling. video (B, 3, T, H, W) -> (B, C, t, h, w)"""
@@ -266,28 +267,36 @@ class CogVideoXVAE(nn.Module):
 
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
         """Pixels, not clamped. latents (B, C, t, h, w), scaled -> (B, 3, T, H, W), T = 4t - 3 for an odd t"""
-        return torch.cat(list(self.decode_stream(latents, tiled=tiled)), dim=2)
+        return torch.cat(list(self.decode_stream(latents, tiled=tiled)), dim=2).to(latents.device)
 
-    def decode_stream(self, latents: Tensor, *, tiled: bool = False) -> Iterator[Tensor]:
-        """`decode` piece by piece: yields some 8 frames at a time."""
+    def decode_stream(self, latents: Tensor, *, tiled: bool = False, watch: Watch = iter) -> Iterator[Tensor]:
+        """`decode` piece by piece: yields some 8 frames at a time, in CPU memory where tiles were joined.
+
+        watch: wraps the tiles as they are decoded
+        """
         check_input("latents", latents, self.config.latent, f"(B, {self.config.latent}, T, H, W)")
-        tiling = Tiling(self.latent_tile, self.config.tile) if tiled else None
+        code = lambda plane: streamed(self.decoder, chunks(plane, LATENT_CHUNK))
         z = (latents / self.config.scale).to(self.decoder.conv_in.weight.dtype)
-        return streamed(self.decoder, chunks(z, LATENT_CHUNK), tiling)
+        return self.tiles.stream(code, z, watch) if tiled else code(z)
+
+    @property
+    def tiles(self) -> Tiles:
+        """Of latents, to be decoded."""
+        return Tiles(self.latent_tile, self.config.tile, OVERLAP)
 
     @property
     def latent_tile(self) -> tuple[int, int]:
         """Latent cells (H, W) of a tile."""
         return self.config.tile[0] // self.space_stride, self.config.tile[1] // self.space_stride
 
-    def activation_bytes(self, width: int, height: int, num_frames: int) -> int:
-        """An estimate for decoding: four fp32 states of nine frames at full resolution, and the video.
+    def activation_bytes(self, width: int, height: int, num_frames: int, *, tiled: bool = False) -> int:
+        """An estimate for decoding: four fp32 states of nine frames of a plane or tile, and the video.
 
         At the last level every convolution keeps two frames besides.
         """
         c = self.config
-        level = c.widths[0] * 4 * (4 * 9 + 2 * 2 * (c.res_blocks + 1))
-        return width * height * level + num_frames * width * height * 3 * 5
+        per_pixel = c.widths[0] * 4 * (4 * 9 + 2 * 2 * (c.res_blocks + 1))
+        return decode_bytes(width, height, num_frames, per_pixel, self.tiles if tiled else None)
 
 
 def check_input(name: str, x: Tensor, channels: int, want: str) -> None:
@@ -295,75 +304,8 @@ def check_input(name: str, x: Tensor, channels: int, want: str) -> None:
         raise ValueError(f"{name} of shape {tuple(x.shape)}, want {want}; permute or unsqueeze it")
 
 
-# Tiling
-
-
-class Tiling:
-    """How a plane is cut into tiles and put together again; sizes are cells along (H, W).
-
-    size: of a tile before, size_out: after the module. Tiles overlap by a sixth in height and a fifth in
-    width; the overlap is blended from one tile into the next, and each tile keeps what the next does not.
-    """
-
-    def __init__(self, size: tuple[int, int], size_out: tuple[int, int]):
-        self.size = size
-        self.strides = [int(n * (1 - share)) for n, share in zip(size, OVERLAP, strict=True)]
-        self.blends = [int(n * share) for n, share in zip(size_out, OVERLAP, strict=True)]
-        self.kept = [n - blend for n, blend in zip(size_out, self.blends, strict=True)]
-        steps = [kept * n / n_out for kept, n, n_out in zip(self.kept, size, size_out, strict=True)]
-        if steps != self.strides:
-            raise ValueError(
-                f"tiles of {size} cells would leave gaps; give the VAE a tile of multiples of 48 x 40 pixels"
-            )
-
-    def is_needed(self, x: Tensor) -> bool:
-        return x.shape[3] > self.size[0] or x.shape[4] > self.size[1]
-
-    def cut(self, x: Tensor) -> list[list[Tensor]]:
-        """Rows of tiles; the last of a row or column is what is left."""
-        (height, width), (down, right) = self.size, self.strides
-        return [
-            [x[..., top : top + height, left : left + width] for left in range(0, x.shape[4], right)]
-            for top in range(0, x.shape[3], down)
-        ]
-
-    def join(self, rows: list[list[Tensor]]) -> Tensor:
-        """Blend every tile with the one above and the one to its left, both blended already, and crop."""
-        done: list[list[Tensor]] = []
-        for i, row in enumerate(rows):
-            done.append([])
-            for j, tile in enumerate(row):
-                if i:
-                    tile = blend(done[i - 1][j], tile, self.blends[0], dim=3)
-                if j:
-                    tile = blend(done[i][j - 1], tile, self.blends[1], dim=4)
-                done[i].append(tile)
-        cropped = [[tile[..., : self.kept[0], : self.kept[1]] for tile in row] for row in done]
-        return torch.cat([torch.cat(row, dim=4) for row in cropped], dim=3)
-
-
-def blend(before: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:
-    """Fade from the end of the tile before into the start of this one, over `extent` cells of a dimension."""
-    extent = min(extent, before.shape[dim], tile.shape[dim])
-    if extent == 0:
-        return tile
-    share = torch.arange(extent, device=tile.device, dtype=tile.dtype) / extent
-    share = share.view(-1, *(1,) * (tile.ndim - 1 - dim))
-    end = before.narrow(dim, before.shape[dim] - extent, extent)
-    start, rest = tile.split((extent, tile.shape[dim] - extent), dim=dim)
-    return torch.cat((end * (1 - share) + start * share, rest), dim=dim)
-
-
-def streamed(module: nn.Module, parts: Iterator[Tensor], tiling: Tiling | None) -> Iterator[Tensor]:
-    """The outputs of a video's chunks, one by one; every tile has a past of its own."""
+def streamed(module: nn.Module, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The outputs of a video's chunks, one by one."""
     state: State = {}
-    states: dict[tuple[int, int], State] = {}
     for part in parts:
-        if tiling is None or not tiling.is_needed(part):
-            yield module(part, state)
-            continue
-        rows = [
-            [module(tile, states.setdefault((i, j), {})) for j, tile in enumerate(row)]
-            for i, row in enumerate(tiling.cut(part))
-        ]
-        yield tiling.join(rows)
+        yield module(part, state)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from minidit.attention import attention
 from minidit.presets import HunyuanVAEConfig
+from minidit.vae.tiles import Tiles, blend
 
-OVERLAP = 0.25  # of neighbouring tiles
+OVERLAP = 0.25  # of neighbouring tiles of time
 
 
 class CausalConv(nn.Conv3d):
@@ -171,39 +172,6 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-def blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
-    """`after` with its first `extent` cells along dim faded in over the last ones of `before`."""
-    extent = min(extent, before.shape[dim], after.shape[dim])
-    if extent == 0:
-        return after
-    weight = torch.arange(extent, device=after.device, dtype=after.dtype) / extent
-    weight = weight.view(-1, *[1] * (after.ndim - dim - 1))
-    old = before.narrow(dim, before.shape[dim] - extent, extent)
-    new = after.narrow(dim, 0, extent)
-    rest = after.narrow(dim, extent, after.shape[dim] - extent)
-    return torch.cat((old * (1 - weight) + new * weight, rest), dim=dim)
-
-
-def in_space(code: Callable[[Tensor], Tensor], x: Tensor, side: int, out_side: int) -> Tensor:
-    """Code in tiles of `side` cells, which become `out_side` cells, where x is larger.
-
-    Neighbours overlap by a quarter; a tile is blended with the one above it, then with the one to its left.
-    """
-    if max(x.shape[-2:]) <= side:
-        return code(x)
-    stride, extent = int(side * (1 - OVERLAP)), int(out_side * OVERLAP)
-    kept, above, rows = out_side - extent, [], []
-    for i in range(0, x.shape[-2], stride):
-        row: list[Tensor] = []
-        for column, j in enumerate(range(0, x.shape[-1], stride)):
-            tile = code(x[..., i : i + side, j : j + side])
-            tile = blend(above[column], tile, extent, dim=3) if above else tile
-            row.append(blend(row[-1], tile, extent, dim=4) if row else tile)
-        rows.append(torch.cat([tile[..., :kept, :kept] for tile in row], dim=4))
-        above = row
-    return torch.cat(rows, dim=3)
-
-
 def in_time(code: Callable[[Tensor], Tensor], x: Tensor, length: int, out_length: int) -> Iterator[Tensor]:
     """Code in tiles of `length` frames and one before them, which become `out_length` and one.
 
@@ -249,10 +217,9 @@ class HunyuanVAE(nn.Module):
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents, not scaled. (B, 3, T, H, W) -> two (B, C, t, h, w)"""
         self.check_video(video)
-        side, length = self.config.tile, self.config.tile_frames
-        code = lambda tile: in_space(
-            lambda part: self.quant(self.encoder(part)), tile, side, side // self.space_stride
-        )
+        side, cells, length = self.config.tile, self.config.tile // self.space_stride, self.config.tile_frames
+        tiles = Tiles((side, side), (cells, cells))
+        code = lambda clip: tiles.apply(lambda tile: self.quant(self.encoder(tile)), clip)
         parts = in_time(code, video.to(self.quant.weight.dtype), length, length // self.time_stride)
         return torch.cat(list(parts), dim=2).chunk(2, dim=1)
 
@@ -270,10 +237,9 @@ class HunyuanVAE(nn.Module):
         if latents.ndim != 5 or latents.shape[1] != self.config.latent or 0 in latents.shape:
             want = f"(B, {self.config.latent}, T, H, W)"
             raise ValueError(f"latents are {tuple(latents.shape)}, want {want}; pass what encode returns")
-        side, length = self.config.tile, self.config.tile_frames
-        code = lambda tile: in_space(
-            lambda part: self.decoder(self.post_quant(part)), tile, side // self.space_stride, side
-        )
+        side, cells, length = self.config.tile, self.config.tile // self.space_stride, self.config.tile_frames
+        tiles = Tiles((cells, cells), (side, side))
+        code = lambda clip: tiles.apply(lambda tile: self.decoder(self.post_quant(tile)), clip)
         z = (latents / self.config.scale).to(self.post_quant.weight.dtype)
         return in_time(code, z, length // self.time_stride, length)
 

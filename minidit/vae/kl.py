@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from minidit.attention import attention
 from minidit.presets import KLConfig
+from minidit.vae.tiles import Tiles, Watch, decode_bytes
 
 TIME_EPS = 1e-5  # of the norms over time; those of single frames have config.eps
+TILE = 256  # pixels along each side, as in the release's config of diffusers' AutoencoderKL
 
 
 class ResBlock(nn.Module):
@@ -171,7 +173,9 @@ class KLVAE(nn.Module):
     """Video (B, 3, T, H, W) in [-1, 1] to latents (B, C, T, H / 8, W / 8) and back.
 
     The plain decoder takes frame by frame. The temporal one takes chunks of config.chunk frames that know
-    nothing of each other, as the original does. Runs, and answers, in the dtype of its weights.
+    nothing of each other, as the original does. tiled: decode a plane larger than TILE in overlapping tiles;
+    less memory, other pixels, since norms, attention and convolutions see a tile alone. Runs, and answers, in
+    the dtype of its weights.
     """
 
     keep_fp32 = ()
@@ -207,24 +211,35 @@ class KLVAE(nn.Module):
         """Scaled latents, without sampling. video (B, 3, T, H, W) -> (B, C, T, h, w)"""
         return self.moments(video)[0] * self.config.scale
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
         """Pixels, not clamped. latents (B, C, T, h, w), scaled -> (B, 3, T, H, W)"""
-        return torch.cat(list(self.decode_stream(latents)), dim=2)
+        return torch.cat(list(self.decode_stream(latents, tiled=tiled)), dim=2).to(latents.device)
 
-    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """`decode` piece by piece: yields a frame, or config.chunk of them, at a time."""
+    def decode_stream(self, latents: Tensor, *, tiled: bool = False, watch: Watch = iter) -> Iterator[Tensor]:
+        """`decode` piece by piece: yields a frame, or config.chunk of them, at a time.
+
+        In CPU memory where tiles were joined. watch: wraps the tiles as they are decoded
+        """
         if latents.ndim != 5 or latents.shape[1] != self.config.latent or 0 in latents.shape:
             want = f"(B, {self.config.latent}, T, H, W)"
             raise ValueError(f"latents are {tuple(latents.shape)}, want {want}; pass what encode returns")
         z = (latents / self.config.scale).to(self.quant.weight.dtype)
-        return (self.decode_chunk(part) for part in z.split(self.chunk, dim=2))
+        code = lambda plane: (self.decode_chunk(part) for part in plane.split(self.chunk, dim=2))
+        return self.tiles.stream(code, z, watch) if tiled else code(z)
+
+    @property
+    def tiles(self) -> Tiles:
+        """Of latents, to be decoded."""
+        cells = TILE // self.space_stride
+        return Tiles((cells, cells), (TILE, TILE))
 
     def decode_chunk(self, z: Tensor) -> Tensor:
         """z (B, C, T, h, w), not scaled -> (B, 3, T, H, W)"""
         videos = [self.decoder(self.post_quant(video.transpose(0, 1))) for video in z]  # (T, 3, H, W) each
         return torch.stack([video.transpose(0, 1) for video in videos])
 
-    def activation_bytes(self, width: int, height: int, num_frames: int) -> int:
-        """An estimate for decoding: six fp32 maps of a chunk at full resolution, and the finished video."""
-        chunk = min(self.chunk, num_frames)
-        return width * height * (chunk * 4 * 6 * self.config.widths[0] + num_frames * 3 * 5)
+    def activation_bytes(self, width: int, height: int, num_frames: int, *, tiled: bool = False) -> int:
+        """An estimate for decoding: fp32 maps of a chunk of a plane or tile, and the video."""
+        maps = 8 if self.config.is_temporal else 6  # measured on a CPU
+        per_pixel = min(self.chunk, num_frames) * 4 * maps * self.config.widths[0]
+        return decode_bytes(width, height, num_frames, per_pixel, self.tiles if tiled else None)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minidit.presets import KLConfig, OpenSoraVAEConfig
 from minidit.vae.kl import KLVAE
+from minidit.vae.tiles import Watch
 
 TIME_EPS = 1e-5  # of the norms over time; those of the image part have config.eps
 
@@ -128,7 +129,8 @@ class OpenSoraVAE(nn.Module):
     """Video (B, 3, T, H, W) in [-1, 1] to normalised latents (B, C, t, H / 8, W / 8) and back.
 
     17 frames have 5 latents; a last chunk of n frames has n / 4, rounded up: zeros stand before its frames to
-    make them a multiple of 4, and go again. Runs, and answers, in the dtype of its weights.
+    make them a multiple of 4, and go again. tiled: the image part decodes in tiles (see KLVAE); less memory,
+    other pixels. Runs, and answers, in the dtype of its weights.
     """
 
     keep_fp32 = ()
@@ -175,12 +177,18 @@ class OpenSoraVAE(nn.Module):
         padded = F.pad(frames, (0, 0, 0, 0, -frames.shape[2] % self.time_stride, 0))
         return self.quant(self.time_encoder(padded))
 
-    def decode(self, latents: Tensor, *, num_frames: int | None = None) -> Tensor:
+    def decode(self, latents: Tensor, *, num_frames: int | None = None, tiled: bool = False) -> Tensor:
         """Pixels, not clamped. latents (B, C, t, h, w), normalised -> (B, 3, T, H, W)"""
-        return torch.cat(list(self.decode_stream(latents, num_frames=num_frames)), dim=2)
+        frames = list(self.decode_stream(latents, num_frames=num_frames, tiled=tiled))
+        return torch.cat(frames, dim=2).to(latents.device)
 
-    def decode_stream(self, latents: Tensor, *, num_frames: int | None = None) -> Iterator[Tensor]:
-        """`decode` frame by frame. num_frames: as many as the latents can hold, if not given"""
+    def decode_stream(
+        self, latents: Tensor, *, num_frames: int | None = None, tiled: bool = False, watch: Watch = iter
+    ) -> Iterator[Tensor]:
+        """`decode` frame by frame, in CPU memory where tiles were joined.
+
+        num_frames: as many as the latents can hold, if not given · watch: wraps the tiles as they are decoded
+        """
         if latents.ndim != 5 or latents.shape[1] != self.config.latent or 0 in latents.shape:
             want = f"(B, {self.config.latent}, T, H, W)"
             raise ValueError(f"latents are {tuple(latents.shape)}, want {want}; pass what encode returns")
@@ -191,14 +199,23 @@ class OpenSoraVAE(nn.Module):
             raise ValueError(
                 f"{frames} frames have {self.latent_frames(frames)} latents, not {latents.shape[2]}"
             )
-        return self.decode_chunks(z, frames)
+        return self.decode_images(self.decode_chunks(z, frames), tiled, watch)
 
     def decode_chunks(self, z: Tensor, frames: int) -> Iterator[Tensor]:
+        """z (B, C, t, h, w), not normalised -> image latents of every chunk, (B, C, n, h, w)"""
         for part in z.split(self.chunk, dim=2):
             count = min(frames, self.config.chunk)
             frames -= count
-            decoded = self.time_decoder(self.post_quant(part))[:, :, -count:]  # what stands before are zeros
-            yield from self.image.decode_stream(decoded)
+            yield self.time_decoder(self.post_quant(part))[:, :, -count:]  # what stands before are zeros
+
+    def decode_images(self, chunks: Iterator[Tensor], tiled: bool, watch: Watch) -> Iterator[Tensor]:
+        """Image latents to pixels, frame by frame.
+
+        Only this part has tiles. That over time works on latents, and its norms would see a tile for a plane.
+        A tile takes the frames of all chunks, which are no more than latents, before the next one starts.
+        """
+        for part in [torch.cat(list(chunks), dim=2)] if tiled else chunks:
+            yield from self.image.decode_stream(part, tiled=tiled, watch=watch)
 
     def frames_of(self, latent_frames: int) -> int:
         """The frames of so many latents: all that fit, but one latent alone is an image."""
@@ -209,10 +226,13 @@ class OpenSoraVAE(nn.Module):
         """The latents' mean and std, stacked: (2, C, 1, 1, 1), in fp32 whatever the weights are."""
         return torch.tensor((self.config.mean, self.config.std), device=device)[..., None, None, None]
 
-    def activation_bytes(self, width: int, height: int, num_frames: int) -> int:
-        """An estimate for decoding: the larger of both parts, and the finished video."""
-        image, c = self.image.activation_bytes(width, height, num_frames), self.config
-        return max(image, width // 8 * (height // 8) * 20 * c.time_base * 4 * 8)
+    def activation_bytes(self, width: int, height: int, num_frames: int, *, tiled: bool = False) -> int:
+        """An estimate for decoding: the larger of both parts, and the finished video.
+
+        The part over time: twelve fp32 maps of a whole chunk, measured on a CPU.
+        """
+        image, c = self.image.activation_bytes(width, height, num_frames, tiled=tiled), self.config
+        return max(image, width // 8 * (height // 8) * 20 * c.time_base * 4 * 12)
 
 
 def sampled(mean: Tensor, logvar: Tensor, noise: Tensor | None) -> Tensor:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from minidit.attention import attention
 from minidit.presets import WanVAEConfig
+from minidit.vae.tiles import Tiles, Watch, decode_bytes
 
 State = dict[nn.Module, Tensor]  # layer -> the last one or two frames of its input, (B, C, 1 or 2, H, W)
+TILE = 256  # pixels along each side, as in diffusers' AutoencoderKLWan; the original has no tiles
 
 
 def per_frame(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -234,7 +236,8 @@ class WanVAE(nn.Module):
 
     `chunk` is the number of latent frames in flight: the first always goes alone, as it did in the original,
     then `chunk` at a time; None takes all the rest at once. It changes memory and speed, not the result.
-    Runs, and answers, in the dtype of its weights.
+    tiled: decode a plane larger than TILE in overlapping tiles; less memory, other pixels, since the middle's
+    attention and all convolutions see a tile alone. Runs, and answers, in the dtype of its weights.
     """
 
     keep_fp32 = ()
@@ -270,29 +273,48 @@ class WanVAE(nn.Module):
         mean, std = self.statistics(mu.device)
         return ((mu - mean) / std).to(mu.dtype)
 
-    def decode(self, latents: Tensor, *, chunk: int | None = 1) -> Tensor:
+    def decode(self, latents: Tensor, *, chunk: int | None = 1, tiled: bool = False) -> Tensor:
         """Pixels, not clamped. latents (B, C, t, h, w), normalised -> (B, 3, T, H, W)"""
-        return torch.cat(list(self.decode_stream(latents, chunk=chunk)), dim=2)
+        parts = list(self.decode_stream(latents, chunk=chunk, tiled=tiled))
+        return torch.cat(parts, dim=2).to(latents.device)
 
-    def decode_stream(self, latents: Tensor, *, chunk: int | None = 1) -> Iterator[Tensor]:
-        """`decode` piece by piece: yields the first pixel frame, then 4 * `chunk` frames at a time."""
+    def decode_stream(
+        self, latents: Tensor, *, chunk: int | None = 1, tiled: bool = False, watch: Watch = iter
+    ) -> Iterator[Tensor]:
+        """`decode` piece by piece: yields the first pixel frame, then 4 * `chunk` frames at a time.
+
+        In CPU memory where tiles were joined. watch: wraps the tiles as they are decoded
+        """
         check_chunk(chunk)
         if latents.ndim != 5 or latents.shape[1] != self.config.latent or 0 in latents.shape:
             want = f"(B, {self.config.latent}, T, H, W)"
             raise ValueError(f"latents are {tuple(latents.shape)}, want {want}; pass what encode returns")
         mean, std = self.statistics(latents.device)
         z = (latents * std + mean).to(self.post_quant.weight.dtype)
+        code = lambda plane: self.decode_plane(plane, chunk)
+        return self.tiles.stream(code, z, watch) if tiled else code(z)
+
+    def decode_plane(self, z: Tensor, chunk: int | None) -> Iterator[Tensor]:
+        """z (B, C, t, h, w), not normalised -> pieces (B, 3, n, H, W)"""
         state: State = {}
-        return (self.decoder(self.post_quant(part), state) for part in split_frames(z, chunk))
+        for part in split_frames(z, chunk):
+            yield self.decoder(self.post_quant(part), state)
 
-    def activation_bytes(self, width: int, height: int, num_frames: int) -> int:
-        """An estimate for decoding: four fp32 frames in flight at full resolution, and the finished video.
+    @property
+    def tiles(self) -> Tiles:
+        """Of latents, to be decoded."""
+        cells = TILE // self.space_stride
+        return Tiles((cells, cells), (TILE, TILE))
 
-        Every convolution of the last level keeps two frames of context.
+    def activation_bytes(self, width: int, height: int, num_frames: int, *, tiled: bool = False) -> int:
+        """An estimate for decoding: fourteen fp32 maps of four frames of a plane or tile, and the video.
+
+        Measured on a CPU, where taps_as_channels takes most of it. At the last level every convolution keeps
+        two frames besides.
         """
         c = self.config
-        level = 4 * c.base * (4 * 3 + 2 * 2 * (c.res_blocks + 1))  # twice the tensors: measured on a CPU
-        return width * height * 4 * level + num_frames * width * height * 3 * 5
+        per_pixel = 4 * c.base * (14 * 4 + 2 * (2 * (c.res_blocks + 1) + 1))
+        return decode_bytes(width, height, num_frames, per_pixel, self.tiles if tiled else None)
 
     def statistics(self, device: torch.device) -> Tensor:
         """The latents' mean and std, stacked: (2, C, 1, 1, 1), in fp32 whatever the weights are."""

@@ -1,13 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from minidit.vae.cogvideox import CausalConv, CogVideoXVAE, LatentNorm, Tiling, chunks, stretch
+from minidit.vae.cogvideox import CausalConv, CogVideoXVAE, LatentNorm, chunks, stretch
 from tests.recordings.base import open_recording
 from tests.recordings.cogvideox import run_vae
 from tests.tensors import randn, random, rel
 from tests.tiny_cogvideox import VAE
+from tests.vae.calls import CallsOf
 
 REL = 2e-5  # fp32: what is compared differs in the order of sums only, over some 40 layers
 
@@ -93,33 +96,30 @@ def test_latents_scale_and_shift_each_cell_of_the_decoders_norm():
     assert torch.equal(stretch(z, (5, 8, 4)), at(z))
 
 
-def ramp(height: int, width: int) -> Tensor:
-    """Every cell its own number."""
-    return torch.arange(height * width, dtype=torch.float32).reshape(1, 1, 1, height, width)
-
-
-@pytest.mark.parametrize("height, width", [(30, 45), (31, 45), (60, 90), (47, 80)])
-def test_tiles_of_the_same_picture_join_to_the_picture(height, width):
-    tiling, plane = Tiling((30, 45), (30, 45)), ramp(height, width)
-    rows = tiling.cut(plane)
-    assert all(tile.shape[3] <= 30 and tile.shape[4] <= 45 for row in rows for tile in row)
-    assert torch.allclose(tiling.join(rows), plane, rtol=1e-5)
-    assert tiling.is_needed(plane) == (height > 30 or width > 45)
-
-
-def test_tiles_of_the_release_overlap_by_a_sixth_and_a_fifth():
-    tiling = Tiling((30, 45), (240, 360))
-    assert (tiling.strides, tiling.blends, tiling.kept) == ([25, 36], [40, 72], [200, 288])
-
-
 @torch.no_grad()
 def test_tiling_leaves_small_videos_alone_and_changes_large_ones_a_little():
     vae, small, large = tiny_vae(), randn(1, 4, 3, 6, 5), randn(1, 4, 3, 8, 7)
     assert torch.equal(vae.decode(small, tiled=True), vae.decode(small))
     plain, tiled = vae.decode(large), vae.decode(large, tiled=True)
     assert plain.shape == tiled.shape and not torch.equal(plain, tiled)
+
+
+@torch.no_grad()
+def test_tiles_are_decoded_one_after_the_other_and_stream_as_chunks():
+    vae, latents, seen = tiny_vae(), randn(1, 4, 5, 8, 7), []
+    calls = CallsOf(vae.decoder)
+    parts = list(vae.decode_stream(latents, tiled=True, watch=lambda tiles: seen.extend(tiles) or tiles))
+    assert torch.equal(torch.cat(parts, dim=2), vae.decode(latents, tiled=True))
+    assert [part.shape[2] for part in parts] == [9, 8]
+    assert [tile.shape[3:] for tile in seen] == [(6, 5), (6, 3), (3, 5), (3, 3)]  # strides of 5 and 4 cells
+    assert calls.shapes[:8] == [(n, *tile.shape[3:]) for tile in seen for n in (3, 2)]
+    assert calls.most_pasts == 1
+
+
+def test_a_tile_that_would_leave_gaps_is_refused():
+    vae = CogVideoXVAE(replace(VAE, tile=(32, 40)))
     with pytest.raises(ValueError, match="tiles of .* would leave gaps"):
-        Tiling((4, 5), (32, 40))
+        vae.decode_stream(randn(1, 4, 1, 2, 2), tiled=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 3, 2, 2), (4, 3, 2, 2), (1, 4, 0, 2, 2)])

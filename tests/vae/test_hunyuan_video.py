@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minidit.presets import HunyuanVAEConfig
-from minidit.vae.hunyuan_video import HunyuanVAE, blend
+from minidit.vae.hunyuan_video import HunyuanVAE
 from tests.recordings.base import load_upstream
 from tests.tensors import randn, random, rel
 
@@ -77,13 +77,6 @@ def test_smaller_inputs_are_not_tiled(vae):
     assert torch.equal(one.decode(latents), vae.decode(latents))
     wide = randn(1, 4, 4, 4, 5)
     assert rel(one.decode(wide), vae.decode(wide)) > 1e-3
-
-
-def test_blending_fades_from_the_old_tile_to_the_new():
-    before, after = torch.zeros(1, 1, 6), torch.ones(1, 1, 5)
-    assert blend(before, after, 4, dim=2).flatten().tolist() == [0, 0.25, 0.5, 0.75, 1]
-    assert blend(before, after, 9, dim=2).flatten().tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
-    assert torch.equal(blend(before, after, 0, dim=2), after)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 16, 16), (1, 3, 5, 12, 16), (1, 4, 5, 16, 16), (3, 5, 16, 16)])

@@ -5,7 +5,7 @@ import torch
 
 from minidit.presets import KLConfig
 from minidit.vae.kl import KLVAE
-from tests.recordings.base import open_recording
+from tests.recordings.base import load_upstream, open_recording
 from tests.recordings.latte import frames_of, kl_vae
 from tests.tensors import randn, rel
 
@@ -61,6 +61,46 @@ def test_decode_stream_yields_the_frames_of_decode_as_they_come(config, sizes):
     parts = list(vae.decode_stream(latents))
     assert [part.shape[2] for part in parts] == sizes
     assert torch.equal(torch.cat(parts, dim=2), vae.decode(latents))
+
+
+@torch.no_grad()
+def test_tiles_equal_those_of_diffusers_with_the_same_random_weights():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    oracle = diffusers.AutoencoderKL(
+        block_out_channels=TINY.widths,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=3,
+        norm_num_groups=4,
+        sample_size=256,  # a tile
+    ).eval()
+    oracle.enable_tiling()
+    vae = load_upstream(KLVAE(TINY), TINY, oracle.state_dict())
+    latents = randn(1, 3, 2, 36, 40)  # strides of 24 cells do not divide them evenly
+    got, want = vae.decode(latents, tiled=True), oracle.decode(latents[0].transpose(0, 1) / TINY.scale).sample
+    assert rel(got[0].transpose(0, 1), want) < REL
+    assert rel(vae.decode(latents), got) > 0.01
+
+
+@torch.no_grad()
+def test_the_temporal_decoder_decodes_chunk_by_chunk_within_a_tile():
+    vae, latents, seen = tiny_vae(TEMPORAL), randn(1, 3, 6, 20, 40), []
+    parts = list(vae.decode_stream(latents, tiled=True, watch=lambda tiles: seen.extend(tiles) or tiles))
+    video = vae.decode(latents, tiled=True)
+    assert [part.shape[2] for part in parts] == [4, 2] and torch.equal(torch.cat(parts, dim=2), video)
+    left, right = (vae.decode(tile) for tile in (latents[..., :32], latents[..., 24:]))
+    assert [tile.shape[4] for tile in seen] == [32, 16] and video.shape == (1, 3, 6, 160, 320)
+    assert torch.equal(video[..., :192], left[..., :192]) and torch.equal(video[..., 256:], right[..., 64:])
+    assert rel(video[..., 224], (left[..., 224] + right[..., 32]) / 2) < 1e-6
+
+
+@pytest.mark.parametrize("config", [TINY, TEMPORAL])
+@torch.no_grad()
+def test_planes_no_larger_than_a_tile_are_decoded_whole(config):
+    vae, latents = tiny_vae(config), randn(1, 3, 2, 32, 32)
+    assert torch.equal(vae.decode(latents, tiled=True), vae.decode(latents))
 
 
 @torch.no_grad()

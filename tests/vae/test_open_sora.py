@@ -74,6 +74,26 @@ def test_noise_draws_from_the_distribution(vae):
     assert rel(drawn[0], mean) > 1e-3 and rel(drawn[0], drawn[1]) > 1e-3
 
 
+@torch.no_grad()
+def test_the_image_part_is_decoded_in_tiles_and_the_part_over_time_whole(vae):
+    latents, seen = randn(1, 4, 6, 4, 40), []
+    options = {"num_frames": 18, "tiled": True}
+    parts = list(vae.decode_stream(latents, watch=lambda tiles: seen.extend(tiles) or tiles, **options))
+    assert [part.shape[2] for part in parts] == [1] * 18
+    assert [tile.shape[2:] for tile in seen] == [(18, 4, 32), (18, 4, 16)]  # of all chunks
+    mean, std = vae.statistics(latents.device)
+    frames = torch.cat(list(vae.decode_chunks(latents * std + mean, 18)), dim=2)
+    want = vae.image.decode(frames, tiled=True)
+    assert torch.equal(torch.cat(parts, dim=2), want) and torch.equal(vae.decode(latents, **options), want)
+    assert rel(vae.decode(latents, num_frames=18), want) > 0.01
+
+
+@torch.no_grad()
+def test_planes_no_larger_than_a_tile_are_decoded_whole(vae):
+    latents = randn(1, 4, 6, 2, 32)
+    assert torch.equal(vae.decode(latents, tiled=True), vae.decode(latents))
+
+
 def test_time_is_causal_and_starts_from_zeros():
     conv, x = CausalConv(2, 3), randn(1, 2, 5, 3, 3)
     other = x.clone()

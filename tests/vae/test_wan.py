@@ -8,6 +8,7 @@ from minidit.presets import WAN21_MEAN, WAN21_STD, WanVAEConfig
 from minidit.vae.wan import CausalConv, ChannelNorm, WanVAE
 from tests.recordings.base import load_upstream
 from tests.tensors import randn, rel
+from tests.vae.calls import CallsOf
 
 TINY = WanVAEConfig(base=4, latent=3, mean=(0.2, -0.5, 0.0), std=(1.5, 0.7, 2.0), res_blocks=1)
 REL = 2e-5  # fp32: chunks and recordings differ in the order of sums only, over some 40 layers
@@ -110,6 +111,39 @@ def test_decode_stream_yields_the_frames_of_decode_as_they_come():
     parts = list(vae.decode_stream(latents, chunk=2))
     assert [part.shape[2] for part in parts] == [1, 8, 4]
     assert torch.equal(torch.cat(parts, dim=2), vae.decode(latents, chunk=2))
+
+
+@torch.no_grad()
+def test_tiles_equal_those_of_diffusers_with_the_same_random_weights():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    oracle = diffusers.AutoencoderKLWan(base_dim=4, z_dim=3, num_res_blocks=1, dim_mult=[1, 2, 4, 4]).eval()
+    oracle.enable_tiling()
+    vae = load_upstream(WanVAE(TINY), TINY, oracle.state_dict())
+    for frames, height, width in ((2, 36, 40), (3, 10, 33)):  # strides of 24 cells do not divide them evenly
+        latents = randn(1, 3, frames, height, width)
+        mean, std = vae.statistics(latents.device)
+        got, want = vae.decode(latents, tiled=True), oracle.decode(latents * std + mean).sample
+        assert rel(got.clamp(-1, 1), want) < 1e-4  # whole planes of this size too are up to 5e-5 apart
+        assert rel(vae.decode(latents), got) > 0.01 and want.abs().mean() < 0.5  # hardly clamped
+
+
+@torch.no_grad()
+def test_tiles_are_decoded_one_after_the_other_and_stream_as_chunks():
+    vae, latents, seen = tiny_vae(), randn(1, 3, 4, 33, 8), []
+    calls = CallsOf(vae.decoder)
+    watch = lambda tiles: seen.extend(tiles) or tiles
+    parts = list(vae.decode_stream(latents, chunk=2, tiled=True, watch=watch))
+    assert [part.shape[2] for part in parts] == [1, 8, 4]
+    assert calls.shapes == [(n, *tile.shape[3:]) for tile in seen for n in (1, 2, 1)] and len(seen) == 2
+    assert calls.most_pasts == 1
+    assert torch.equal(torch.cat(parts, dim=2), vae.decode(latents, chunk=2, tiled=True))
+
+
+@torch.no_grad()
+def test_planes_no_larger_than_a_tile_are_decoded_whole():
+    vae, latents = tiny_vae(), randn(1, 3, 2, 32, 20)
+    assert torch.equal(vae.decode(latents, tiled=True), vae.decode(latents))
 
 
 @torch.no_grad()
