@@ -38,6 +38,7 @@ COLUMNS = {
     "peak_mib": "peak MiB",
     "weights_mib": "weights, predicted",
     "activations_mib": "activations, predicted",
+    "text_mib": "text keys and values",
     "cache_mib": "cache, announced",
     "peak_over_prediction": "peak / prediction",
 }
@@ -141,13 +142,17 @@ def row_of(stage: str, found: dict[str, int], args: argparse.Namespace) -> dict[
     costs = predict(parts, video_size(args), args.dtype)
     component = {"text": "text_encoder"}.get(stage, stage.split()[0])
     weights, extra = costs.weight_bytes[component], costs.activation_bytes.get(component, 0)
-    predicted = weights + extra + found["cache"]
+    d, text = parts.defaults, 0
+    if component == "transformer":
+        text = costs.text_bytes * len(parts.find_family().branches(d.true_cfg or d.guidance_scale))
+    predicted = weights + extra + text + found["cache"]
     mib = lambda n: round(n / MIB, 1)
     return {
         "stage": stage,
         "peak_mib": mib(found["peak"]),
         "weights_mib": mib(weights),
         "activations_mib": mib(extra),
+        "text_mib": mib(text),
         "cache_mib": round(found["cache"] / MIB, 2),
         "peak_over_prediction": round(found["peak"] / predicted, 2),
     }

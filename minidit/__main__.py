@@ -205,6 +205,8 @@ def make_videos(
         return []
     set_threads(runs[0])
     engine.fit(runs[0])
+    for line in engine.notes:
+        print(line)
     watch = Stopwatch(engine.peaks)
     with watch.stage("text"):
         firsts = {settings.prompt: settings for settings, _ in videos}  # samples share their text
@@ -511,6 +513,7 @@ def inspect(args: argparse.Namespace) -> None:
 
     size = args.width, args.height, args.num_frames
     options = dict(device=args.device, weights=args.weights or "full", cache=args.cache)
+    options |= dict(ranks=args.ranks, parallel=args.parallel, tiled=bool(args.tiled))
     print(report(args.model, size, args.dtype, offload=args.offload, **options))
 
 

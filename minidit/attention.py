@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidit.attention_table import Case, choose, pads, refusal
 from minidit.exchange import Exchange
+from minidit.layers import take_rows
 from minidit_kernels.pca_attention import pca_attention
 
 TORCHS = {
@@ -103,6 +104,14 @@ class Keeping:
 AttnOp = Full | Sliced | Folded | FoldedText | Frozen | Keeping
 FULL = Full()
 Backend = str | Exchange  # a name of BACKENDS; under several ranks the trade around attention, which has one
+# what a cross-attention looks at: keys and values (B, N, M, K), made once per generation, or the text's
+# states (B, M, D), of which it makes its own at every call
+Text = tuple[Tensor, Tensor] | Tensor
+
+
+def take_text(text: Text, rows: list[int]) -> Text:
+    """Some rows of a batch of texts."""
+    return take_rows(text, rows) if isinstance(text, Tensor) else tuple(take_rows(x, rows) for x in text)
 
 
 def attention(
@@ -389,23 +398,23 @@ class TextAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """text (B, M, D) -> keys and values (B, N, M, K)"""
+    def keys_values(self, text: Text) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, N, M, K) of states (B, M, D); those that were made before, as they are"""
+        if isinstance(text, tuple):
+            return text
         k, v = self.kv(text).chunk(2, dim=-1)
         return split_heads(k, self.heads), split_heads(v, self.heads)
 
-    def queries_keys_values(self, x: Tensor, text_kv: tuple[Tensor, Tensor], cond: Any) -> tuple[Tensor, ...]:
+    def queries_keys_values(self, x: Tensor, text: Text, cond: Any) -> tuple[Tensor, ...]:
         """x (B, L, D) -> q (B, N, L, K), and the text's k and v"""
-        return split_heads(self.q(x), self.heads), *text_kv
+        return split_heads(self.q(x), self.heads), *self.keys_values(text)
 
-    def forward(
-        self, x: Tensor, text_kv: tuple[Tensor, Tensor], cond: Any, *, how: Full | Sliced | FoldedText = FULL
-    ) -> Tensor:
+    def forward(self, x: Tensor, text: Text, cond: Any, *, how: Full | Sliced | FoldedText = FULL) -> Tensor:
         if isinstance(how, FoldedText):
-            q, v = split_heads(F.linear(x, how.weight, how.bias), self.heads), text_kv[1]
-            k = text_kv[0] @ how.basis_k
+            q, (k, v) = split_heads(F.linear(x, how.weight, how.bias), self.heads), self.keys_values(text)
+            k = k @ how.basis_k
         else:
-            q, k, v = self.queries_keys_values(x, text_kv, cond)
+            q, k, v = self.queries_keys_values(x, text, cond)
             q, k = how.prepare(q, k)
         return self.out(merge_heads(attention(q, k, v, scale=v.shape[-1] ** -0.5, backend=cond.attention)))
 

@@ -9,17 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from minidit.cache.plan import Policy
-from minidit.cache.spec import METHODS, make_policy, parse
+from minidit.cache.spec import make_policy, parse
 from minidit.cache.store import ring_bytes, ring_shapes
 from minidit.families import Family, find_family
-from minidit.generate import DEMO, Engine, build, part_dtype
+from minidit.generate import DEMO, Engine, build, find_class, part_dtype
 from minidit.memory import GIB, HEAP, Stage
 from minidit.offload import SLOTS
+from minidit.parallel import (
+    ALONE,
+    Layout,
+    busiest_share,
+    find_layout,
+    frames_of,
+    most_tokens,
+    part_of,
+)
 from minidit.presets import Defaults, HunyuanVideoConfig, OpenSoraConfig, ScheduleConfig, find_preset
 from minidit.quantize import QuantLinear, quantize_blocks
 from minidit.sampling import Forward, run_info, site_shapes
 from minidit.settings import BATCHED_TOKENS, DTYPES, Choices, Settings
 from minidit.weights import Manifest, is_fp32, read_manifest
+
+# what ranks have beside a block's activations, in copies of h: around attention queries, keys and values are
+# joined, sent and received; before the head every rank sends its share to all, and joins what came
+TRADED, GATHERED = 9, 3
 
 
 @dataclass(frozen=True)
@@ -42,13 +55,15 @@ class Costs:
     """Of one video of one size."""
 
     size: tuple[int, int, int]  # width, height, frames
-    tokens: int  # per branch
+    tokens: int  # per branch, of all ranks
     parameters: dict[str, int]  # by component
     macs: int  # per forward and branch
     macs_by_sub: dict[str, int]
     weight_bytes: dict[str, int]  # by component
     block_bytes: tuple[int, ...]  # of the transformer's weights, block by block
     activation_bytes: dict[str, int]  # by component, estimated; text encoders need next to nothing
+    text_bytes: int  # keys and values of one branch's text, in all blocks
+    text_macs: int  # of making them anew, per forward and branch
 
 
 def find_parts(model: str) -> Parts:
@@ -71,11 +86,19 @@ def parts_of(manifest: Manifest) -> Parts:
 
 
 def measure(
-    parts: Parts, size: tuple[int, int, int], dtype: str, weights: str = "full", rows: int = 1
+    parts: Parts,
+    size: tuple[int, int, int],
+    dtype: str,
+    weights: str = "full",
+    rows: int = 1,
+    *,
+    layout: Layout = ALONE,
+    tiled: bool = False,
 ) -> Costs:
     """Costs of a video of size (width, height, frames) in dtype.
 
-    weights: of the transformer's blocks · rows: guidance branches that run as one batch
+    weights: of the transformer's blocks · rows: guidance branches that run as one batch · layout: of ranks
+    that share the video; memory is that of the busiest · tiled: decoding goes tile by tile
     """
     family = parts.find_family()
     latent = family.latent_shape(*size)
@@ -92,11 +115,54 @@ def measure(
     held = {name: weight_bytes(m, types[name], m.keep_fp32) for name, m in built.items()}
     model = built["transformer"]
     blocks = tuple(weight_bytes(block, types["transformer"], model.keep_fp32) for block in model.blocks)
+    vae = built["vae"].activation_bytes(*size, **({"tiled": True} if tiled else {}))
     activations = {
-        "transformer": model.activation_bytes(rows * tokens, run.itemsize) + dequantised_bytes(model, run),
-        "vae": built["vae"].activation_bytes(*size),
+        "transformer": step_bytes(model, frames_of(model.subs, latent), tokens, run, rows, layout),
+        "vae": vae,
     }
-    return Costs(size, tokens, parameters, sum(macs.values()), by_sub, held, blocks, activations)
+    return Costs(
+        size,
+        tokens,
+        parameters,
+        sum(macs.values()),
+        by_sub,
+        held,
+        blocks,
+        activations,
+        text_bytes(model, family.text_len, run),
+        count_crosses(model) * text_macs(model, family.text_len),
+    )
+
+
+def step_bytes(
+    model: nn.Module, frames: int, tokens: int, run: torch.dtype, rows: int, layout: Layout
+) -> int:
+    """Activations of a step on the busiest of the ranks that share it.
+
+    frames: within which tokens attend to each other · tokens: per branch, of all ranks · rows: guidance
+    branches that run as one batch
+    """
+    here = most_tokens(layout, tokens, frames)
+    block = model.activation_bytes(rows * here, run.itemsize) + dequantised_bytes(model, run)
+    if layout.ulysses == 1:
+        return block
+    state = rows * model.config.width * run.itemsize  # of one token
+    return max(block + TRADED * here * state, GATHERED * tokens * state)
+
+
+def text_bytes(model: nn.Module, rows: int, run: torch.dtype) -> int:
+    """Keys and values of one branch's text, of so many rows, in all blocks; none where text is part of h."""
+    return 2 * count_crosses(model) * rows * model.config.width * run.itemsize
+
+
+def text_macs(model: nn.Module, rows: int) -> int:
+    """Multiply-adds of making the keys and values of so many rows of text in one cross-attention."""
+    return 2 * rows * model.config.width**2
+
+
+def count_crosses(model: nn.Module) -> int:
+    """Cross-attentions of all blocks."""
+    return len(model.blocks) * sum(name.endswith("cross") for name in model.subs)
 
 
 def weight_bytes(module: nn.Module, run: torch.dtype, keep_fp32: Collection[str]) -> int:
@@ -116,7 +182,8 @@ class Footprint:
 
     device: str
     costs: Costs
-    cache: int  # bytes
+    cache: int  # bytes of a caching method
+    text: int = 0  # bytes of the text's keys and values, of all branches
 
     def stages(self, offload: str, stays: Sequence[str] = ()) -> list[Stage]:
         """offload: none, parts or blocks · stays: components that are never let go"""
@@ -134,20 +201,33 @@ class Footprint:
         denoise, decode = (int(heap * self.costs.activation_bytes[name]) for name in ("transformer", "vae"))
         return [
             Stage("text", text, 0),
-            Stage("denoise", below + transformer, denoise, self.cache, host),
+            Stage("denoise", below + transformer, denoise, self.cache, self.text, host),
             Stage("decode", below + left + vae, decode),
         ]
 
 
-def footprint(parts: Parts, settings: Settings, cache: int = 0) -> Footprint:
-    """What a video takes of memory. cache: bytes that its caching method keeps, from cache_bytes()"""
+def footprint(
+    parts: Parts, settings: Settings, cache: int = 0, *, layout: Layout = ALONE, keep_text: bool = True
+) -> Footprint:
+    """What a video takes of memory, of the busiest rank. cache: bytes of its method, from cache_bytes()"""
     size = settings.width, settings.height, settings.num_frames
-    rows = len(parts.find_family().branches(settings.cfg_scale)) if settings.batched_guidance else 1
-    return Footprint(settings.device, measure(parts, size, settings.dtype, settings.weights, rows), cache)
+    branches = len(parts.find_family().branches(settings.cfg_scale))
+    rows = branches // layout.cfg if settings.batched_guidance else 1
+    costs = measure(parts, size, settings.dtype, settings.weights, rows, layout=layout, tiled=settings.tiled)
+    return Footprint(settings.device, costs, cache, keep_text * branches * costs.text_bytes)
 
 
-def cache_bytes(parts: Parts, settings: Settings, policy: Policy, constants: Mapping[Any, Tensor]) -> int:
-    """What a caching method keeps: its rings, found on the meta device, and the tensors of its profile."""
+def cache_bytes(
+    parts: Parts,
+    settings: Settings,
+    policy: Policy,
+    constants: Mapping[Any, Tensor],
+    layout: Layout = ALONE,
+) -> int:
+    """What a caching method keeps: its rings, found on the meta device, and the tensors of its profile.
+
+    layout: of the ranks; what counts is the first one's, whose share is the largest
+    """
     family, model = parts.find_family(), build(*parts.components["transformer"])
     model.to(DTYPES[settings.dtype])
     branches = family.branches(settings.cfg_scale)
@@ -155,11 +235,13 @@ def cache_bytes(parts: Parts, settings: Settings, policy: Policy, constants: Map
     with torch.inference_mode(), torch.device("meta"):
         text, noise = longest_text(model.config, family.text_len, len(branches)), torch.empty(1, *latent)
         context = family.prepare(model, text, settings)
-        forward = Forward(model, context, settings.batched_guidance, video_tokens=family.tokens(latent))
+        part = None if layout == ALONE else part_of(layout, model, context)
+        tokens, batched = family.tokens(latent), settings.batched_guidance
+        forward = Forward(model, context, batched, video_tokens=tokens, part=part)
         shape_of = site_shapes(forward, noise)
     steps = family.schedule(settings).steps(settings.cfg_scale)
     needs = policy.reset(run_info(forward, steps, parts.family, parts.preset))
-    rings = ring_bytes(ring_shapes(needs, branches, shape_of))
+    rings = ring_bytes(ring_shapes(needs, forward.branches_here, shape_of))
     return rings + sum(t.numel() * DTYPES[settings.dtype].itemsize for t in constants.values())
 
 
@@ -200,15 +282,20 @@ def report(
     weights: str = "full",
     offload: str = "none",
     cache: str = "none",
+    ranks: int = 1,
+    parallel: str = "auto",
+    tiled: bool = False,
 ) -> str:
     """The costs of one video as a table to read.
 
     model: a preset, a model folder or "demo" · size: (width, height, frames), None where the default is meant
-    device: cuda or cpu, whether there is one or not
+    device: cuda or cpu, whether there is one or not · ranks: that share the video, by `parallel` as generate
+    has it; memory is that of the busiest
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     parts, (width, height, frames) = find_parts(model), size
+    parts.find_family().check_tiled(tiled)
     given = dict(
         width=width,
         height=height,
@@ -217,10 +304,14 @@ def report(
         device=device,
         weights=weights,
         cache=cache,
+        tiled=tiled,
     )
     settings = settings_of(parts, model, given)
-    kept = cache_bytes(parts, settings, *find_policy(model, settings)) if cache != "none" else 0
-    found = footprint(parts, settings, kept)
+    layout = layout_of(parts, settings, ranks, parallel)
+    kept = 0
+    if cache != "none":
+        kept = cache_bytes(parts, settings, *find_policy(model, settings), layout)
+    found = footprint(parts, settings, kept, layout=layout)
     costs = found.costs
     c, d = parts.components["transformer"][1], parts.defaults
     forwards, kind = (1, "") if (d.true_cfg or d.guidance_scale) == 1 else (2, "guided ")
@@ -235,20 +326,29 @@ def report(
         "  weights      " + ", ".join(f"{name} {n / GIB:.2f} GiB" for name, n in costs.weight_bytes.items()),
         f"  memory by stage on {device}, offload {offload}, cache {cache} (activations are estimates):",
     ]
+    if layout != ALONE:
+        lines.insert(-1, "  " + describe_share(parts, settings, costs, layout))
     return "\n".join(lines + [stage_line(stage) for stage in found.stages(offload)])
 
 
-def smaller_caches(engine: Engine, settings: Settings, budget: int) -> list[tuple[int, str]]:
-    """(bytes, spec) of the caching methods within a budget that can act on a video, the largest first."""
-    found = []
-    for name, method in METHODS.items():
-        for spec in (name, *(f"{name}:{variant}" for variant in getattr(method.load(), "variants", {}))):
-            try:
-                size = engine.cache_bytes(replace(settings, cache=spec))
-            except ValueError:  # it cannot act here, or wants a profile: no advice
-                continue
-            found += [(size, spec)] if 0 < size <= budget else []
-    return sorted(found, reverse=True)
+def layout_of(parts: Parts, settings: Settings, ranks: int, mode: str) -> Layout:
+    """How so many ranks would share a video; ValueError where they cannot."""
+    if ranks < 1:
+        raise ValueError(f"--ranks {ranks}: wanted 1 or more")
+    if ranks == 1:
+        return ALONE
+    class_name, config = parts.components["transformer"]
+    return find_layout(mode, ranks, parts.find_family(), find_class(class_name).subs, config.heads, settings)
+
+
+def describe_share(parts: Parts, settings: Settings, costs: Costs, layout: Layout) -> str:
+    """What the busiest rank has of a step."""
+    family, subs = parts.find_family(), find_class(parts.components["transformer"][0]).subs
+    latent = family.latent_shape(settings.width, settings.height, settings.num_frames)
+    tokens = most_tokens(layout, costs.tokens, frames_of(subs, latent))
+    branches = len(family.branches(settings.cfg_scale)) // layout.cfg
+    macs = branches * costs.macs * busiest_share(layout, family, subs, settings)
+    return f"{layout}: the busiest has {tokens} video tokens and {macs / 1e12:.4g} TMAC of a full step"
 
 
 def find_policy(model: str, settings: Settings) -> tuple[Policy, Mapping[Any, Tensor]]:
@@ -262,6 +362,7 @@ def find_policy(model: str, settings: Settings) -> tuple[Policy, Mapping[Any, Te
 def stage_line(stage: Stage) -> str:
     parts = f"{stage.weights / GIB:.2f} weights + {stage.activations / GIB:.2f} activations"
     parts += f" + {stage.cache / GIB:.2f} cache" if stage.cache else ""
+    parts += f" + {stage.text / GIB:.2f} text keys and values" if stage.text else ""
     host = f", and {stage.host / GIB:.2f} GiB in CPU memory" if stage.host else ""
     return f"    {stage.name:<8}{stage.total / GIB:8.2f} GiB = {parts}{host}"
 

@@ -24,7 +24,7 @@ class Exchange:
     backend: str  # what attention() is asked for on every rank
     counts: tuple[int, ...]  # tokens that attend to each other, by rank
     rank: int  # within the group
-    group: "dist.ProcessGroup"
+    group: "dist.ProcessGroup | None"  # without one only shapes can be asked for
 
     def to_heads(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Tokens of this rank to heads of this rank. parts (B, N, l + M, K_i) -> (B, N / P, L + M, K_i)"""

@@ -17,6 +17,7 @@ from minidit.given import GivenFrames, fit_size, paste, read_prompt, read_strate
 from minidit.presets import ScheduleConfig
 from minidit.schedules import Schedule, TableSchedule, make_schedule, make_table_schedule, size_shift
 from minidit.settings import DTYPES, Settings, check_multiple
+from minidit.vae.tiles import Watch
 from minidit.video import read_video
 
 
@@ -37,7 +38,7 @@ class Family(Protocol):
     text_len: int  # text rows that attention sees, for counting multiply-adds
     encoders: tuple[str, ...]  # components that are only needed to encode text
     rounds_levels: bool = False  # of the video's 256, where others truncate
-    has_tiles: bool = False  # whether the autoencoder can decode tile by tile
+    has_tiles: bool = True  # whether the autoencoder can be asked to decode tile by tile
 
     def latent_shape(self, width: int, height: int, num_frames: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents of a video; a size that cannot be made is refused with the nearest."""
@@ -53,15 +54,24 @@ class Family(Protocol):
         """What model.prepare takes as text, one entry per prompt."""
         ...
 
-    def prepare(self, model: Any, text: list[Any], settings: Settings) -> Any:
-        """The transformer's context. text: from encode, a row per branch"""
+    def prepare(self, model: Any, text: list[Any], settings: Settings, *, keep_text: bool = True) -> Any:
+        """The transformer's context. text: from encode, a row per branch
+
+        keep_text: off, models with cross-attention make the text's keys and values anew in every block
+        """
         return model.prepare(
             text,
             self.latent_shape(settings.width, settings.height, settings.num_frames)[1:],
             branches=self.branches(settings.cfg_scale),
             attention=settings.attention,
             residual=DTYPES[settings.residual],
+            **self.inputs(settings),
+            **({} if keep_text else {"keep_text": False}),
         )
+
+    def inputs(self, settings: Settings) -> dict[str, Any]:
+        """What model.prepare takes beside what all models do."""
+        return {}
 
     def schedule(self, settings: Settings) -> Schedule: ...
 
@@ -71,9 +81,19 @@ class Family(Protocol):
         """Frames that the run is given; None for none. draw: fresh noise of a shape, after `noise`"""
         return None
 
-    def decode(self, parts: Components, latents: Tensor, *, tiled: bool = False) -> Iterator[Tensor]:
-        """Pixels of latents (1, C, t, h, w), a few frames (1, 3, n, H, W) at a time."""
-        return parts.module("vae").decode_stream(latents)
+    def check_tiled(self, tiled: bool) -> None:
+        """Refuse to be asked for tiles where there is no choice."""
+        if tiled and not self.has_tiles:
+            raise ValueError("tiled: this model's autoencoder always decodes in tiles; leave it out")
+
+    def decode(
+        self, parts: Components, latents: Tensor, *, tiled: bool = False, watch: Watch = iter
+    ) -> Iterator[Tensor]:
+        """Pixels of latents (1, C, t, h, w), a few frames (1, 3, n, H, W) at a time.
+
+        tiled: tile by tile, which takes less memory and gives other pixels · watch: see Tiles.stream
+        """
+        return parts.module("vae").decode_stream(latents, tiled=tiled, watch=watch)
 
 
 class FlowFamily(Family):
@@ -152,9 +172,11 @@ class LatteFamily(Family):
     def schedule(self, settings: Settings) -> TableSchedule:
         return make_table_schedule(table_config(self.table, settings), settings.steps)
 
-    def decode(self, parts: Components, latents: Tensor, *, tiled: bool = False) -> Iterator[Tensor]:
+    def decode(
+        self, parts: Components, latents: Tensor, *, tiled: bool = False, watch: Watch = iter
+    ) -> Iterator[Tensor]:
         name = "vae_2" if self.has_temporal_decoder and latents.shape[2] > 1 else "vae"
-        return parts.module(name).decode_stream(latents)
+        return parts.module(name).decode_stream(latents, tiled=tiled, watch=watch)
 
 
 class CogVideoXFamily(Family):
@@ -165,7 +187,6 @@ class CogVideoXFamily(Family):
 
     encoders = ("text_encoder",)
     rounds_levels = True
-    has_tiles = True
 
     def __init__(self, configs: dict[str, Any], schedule: ScheduleConfig):
         self.transformer, self.vae = configs["transformer"], configs["vae"]
@@ -198,9 +219,11 @@ class CogVideoXFamily(Family):
         config = replace(table_config(self.table, settings), dynamic_guidance=settings.dynamic_cfg)
         return make_table_schedule(config, settings.steps)
 
-    def decode(self, parts: Components, latents: Tensor, *, tiled: bool = False) -> Iterator[Tensor]:
+    def decode(
+        self, parts: Components, latents: Tensor, *, tiled: bool = False, watch: Watch = iter
+    ) -> Iterator[Tensor]:
         extra = 1 - latents.shape[2] % 2
-        return parts.module("vae").decode_stream(latents[:, :, extra:], tiled=tiled)
+        return parts.module("vae").decode_stream(latents[:, :, extra:], tiled=tiled, watch=watch)
 
 
 class HunyuanVideoFamily(FlowFamily):
@@ -210,6 +233,7 @@ class HunyuanVideoFamily(FlowFamily):
     """
 
     encoders = ("text_encoder", "text_encoder_2")
+    has_tiles = False  # it always decodes in tiles, which are a part of the model
 
     def __init__(self, configs: dict[str, Any]):
         super().__init__(configs)
@@ -233,15 +257,13 @@ class HunyuanVideoFamily(FlowFamily):
             for prompt in prompts
         ]
 
-    def prepare(self, model: Any, text: list[Any], settings: Settings) -> Any:
-        return model.prepare(
-            text,
-            self.latent_shape(settings.width, settings.height, settings.num_frames)[1:],
-            guidance=settings.guidance_scale,
-            branches=self.branches(settings.cfg_scale),
-            attention=settings.attention,
-            residual=DTYPES[settings.residual],
-        )
+    def inputs(self, settings: Settings) -> dict[str, Any]:
+        return {"guidance": settings.guidance_scale}
+
+    def decode(
+        self, parts: Components, latents: Tensor, *, tiled: bool = False, watch: Watch = iter
+    ) -> Iterator[Tensor]:
+        return parts.module("vae").decode_stream(latents)
 
 
 # Picture sizes of Open-Sora's releases (sides, either way) that are not whole latent cells
@@ -292,18 +314,11 @@ class OpenSoraFamily(Family):
         states = encode_captions([caption], tokenizer, encoder, max_len=self.text_len, device=parts.device)
         return states + [None] * len(prompts[1:])
 
-    def prepare(self, model: Any, text: list[Any], settings: Settings) -> Any:
+    def inputs(self, settings: Settings) -> dict[str, Any]:
         from minidit.models.open_sora import Video
 
         fps = 120 if settings.num_frames == 1 else settings.fps  # how images are told apart
-        return model.prepare(
-            text,
-            self.latent_shape(settings.width, settings.height, settings.num_frames)[1:],
-            video=Video(settings.height, settings.width, fps),
-            branches=self.branches(settings.cfg_scale),
-            attention=settings.attention,
-            residual=DTYPES[settings.residual],
-        )
+        return {"video": Video(settings.height, settings.width, fps)}
 
     def schedule(self, settings: Settings) -> Schedule:
         self.check(settings)

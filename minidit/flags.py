@@ -112,6 +112,10 @@ def add_inspect_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--cache", default="none", metavar="SPEC", help="caching method (none)")
     add_weights_flag(p)
     p.add_argument("--offload", default="none", choices=("none", "parts", "blocks"), help=OFFLOAD_HELP)
+    p.add_argument("--ranks", type=int, default=1, metavar="N", help="that share the video; of one of them")
+    modes = ("auto", "ulysses", "cfg", "ulysses+cfg")
+    p.add_argument("--parallel", default="auto", choices=modes, help="how the ranks share it, as generate's")
+    add_tiled_flag(p)
 
 
 def add_keep_flags(p: argparse.ArgumentParser) -> None:
@@ -162,7 +166,8 @@ def add_weights_flag(p: argparse.ArgumentParser) -> None:
 def add_memory_flags(p: argparse.ArgumentParser) -> None:
     add_weights_flag(p)
     p.add_argument("--offload", default="auto", metavar="WHAT", help=f"{OFFLOAD_HELP}; auto (default)")
-    budget = "the most that --cache may keep, such as 2GiB"
+    budget = """the most that may be kept from step to step, such as 2GiB: the text's keys and values go first
+(exact), then a method's larger parts, by name; what does not fit then is refused"""
     p.add_argument("--cache-budget", type=byte_count, metavar="BYTES", help=budget)
 
 
@@ -179,7 +184,7 @@ def add_tiled_flag(p: argparse.ArgumentParser) -> None:
         "--tiled",
         action="store_true",
         default=None,  # as every choice that was not made
-        help="CogVideoX: decode in blended tiles; less memory, other pixels",
+        help="decode in blended tiles; less memory, other pixels (HunyuanVideo always does)",
     )
 
 

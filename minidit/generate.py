@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from importlib import import_module
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minidit.budget import within_budget
+from minidit.cache.macs import with_text
 from minidit.cache.plan import Policy, RunInfo
 from minidit.cache.policies.replay import Replay
 from minidit.cache.seam import Probe
@@ -27,16 +29,16 @@ from minidit.cache.trace import make_trace
 from minidit.checkpoint import Checkpoint
 from minidit.compiled import CompiledBlock
 from minidit.families import find_family
-from minidit.memory import Peaks, Stage, check_offload, choose_offload, give_back_heap
+from minidit.memory import Peaks, Stage, check_offload, choose_offload, give_back_heap, readable
 from minidit.offload import OffloadedBlocks
 from minidit.parallel import (
+    ALONE,
     Agreed,
     Layout,
     World,
     add_critical,
-    check_levels,
-    choose_layout,
-    largest_share,
+    busiest_share,
+    find_layout,
     make_part,
 )
 from minidit.profiles import blamed_on, find_profile
@@ -104,7 +106,8 @@ class Engine:
     ranks that make every video together; each has an engine, and is asked for the same videos. weights: of
     the transformer's blocks, full, int8, fp8 or fp8-dynamic (quantize.py). offload: none, parts (the
     transformer is let go before decoding), blocks (they visit the device in their turn, offload.py) or auto,
-    what fit() finds to fit. cache_budget: the most bytes that a caching method may keep.
+    what fit() finds to fit. cache_budget: the most bytes that may be kept from step to step: by a caching
+    method and, in what it leaves, of the text's keys and values; `notes` says what that has changed.
     """
 
     def __init__(
@@ -142,6 +145,9 @@ class Engine:
         self.modules: dict[str, nn.Module] = {}
         self.peaks = Peaks(self.device)
         self.stages: list[Stage] = []  # as fit() has predicted them
+        self.kept: dict[Settings, int] = {}  # bytes of caching methods, so far
+        self.keeps_text = True  # the text's keys and values, for all steps
+        self.notes: list[str] = []  # what the budget for caches has changed
 
     def generate(
         self,
@@ -206,7 +212,7 @@ class Engine:
             raise ValueError("dynamic_cfg is of CogVideoX; other models have one guidance for all steps")
         if (fewer := fewer_steps(values["cache"], values["steps"])) is not None:
             values |= {"steps": fewer, "cache": "none"}  # no method: the rival that every method has to beat
-        self.check_tiled(values["tiled"])
+        self.family.check_tiled(values["tiled"])
         latent = self.family.latent_shape(values["width"], values["height"], values["num_frames"])
         settings = Settings(
             prompt=prompt,
@@ -221,44 +227,67 @@ class Engine:
         )
         check_settings(settings)
         self.check_cache(settings)
-        return settings
+        is_free = self.cache_budget is None or settings.cache == "none"
+        return settings if is_free else self.within_budget(settings)
 
-    def over_budget(self, settings: Settings, needed: int) -> str:
-        """What to say of a caching method that keeps too much: the largest one that does not."""
-        from minidit import costs
+    def within_budget(self, settings: Settings) -> Settings:
+        """The same, or with a smaller form of the caching method that keeps within the budget for caches."""
 
-        smaller = costs.smaller_caches(self, settings, self.cache_budget)
-        mib = lambda size: f"{size / 2**20:.1f} MiB"
-        hint = f"{smaller[0][1]} keeps {mib(smaller[0][0])}" if smaller else "no other method keeps less"
-        budget = mib(self.cache_budget)
-        return f"cache {settings.cache} keeps {mib(needed)}, and the budget is {budget}; {hint}"
+        def size_of(cache: str) -> float:
+            try:
+                return self.cache_bytes(replace(settings, cache=cache))
+            except ValueError:  # it cannot act on this video, or lacks a profile
+                return inf
+
+        cache = within_budget(settings.cache, self.cache_budget, size_of)
+        if cache != settings.cache:
+            kept, room, left = map(readable, (size_of(settings.cache), self.cache_budget, size_of(cache)))
+            self.note(
+                f"cache {settings.cache} keeps {kept}, and the budget is {room}: {cache} runs in its place, "
+                f"which keeps {left}"
+            )
+        return replace(settings, cache=cache)
+
+    def note(self, line: str) -> None:
+        """Something that whoever runs this has to be told, once."""
+        if line not in self.notes:
+            self.notes.append(line)
 
     def cache_bytes(self, settings: Settings) -> int:
-        """What the caching method keeps."""
+        """What the caching method keeps, on the busiest rank."""
         from minidit import costs
 
-        return costs.cache_bytes(costs.parts_of(self.manifest), settings, *self.policy(settings))
+        any_text = replace(settings, prompt="", negative_prompt="", seed=0)  # all videos of a prompt file
+        if any_text not in self.kept:
+            parts, layout = costs.parts_of(self.manifest), self.layout(settings) or ALONE
+            self.kept[any_text] = costs.cache_bytes(parts, settings, *self.policy(settings), layout)
+        return self.kept[any_text]
 
     def fit(self, settings: Settings) -> None:
-        """Find how this video keeps within free memory, or refuse it, before anything is loaded."""
+        """Find how this video keeps within free memory, or refuse it, before anything is loaded.
+
+        The text's keys and values are made once for all steps unless the cache's budget has no room for them.
+        """
         from minidit import costs  # which builds upon this module
 
         kept = 0
         if settings.cache != "none" and (self.cache_budget is not None or self.device != "cpu"):
             kept = self.cache_bytes(settings)  # takes seconds, which a small run on a CPU does not have
-        if kept > (self.cache_budget or math.inf):
-            raise ValueError(self.over_budget(settings, kept))
-        found = costs.footprint(costs.parts_of(self.manifest), settings, kept)
+        layout, parts = self.layout(settings) or ALONE, costs.parts_of(self.manifest)
+        found = costs.footprint(parts, settings, kept, layout=layout)
+        self.keeps_text = self.cache_budget is None or kept + found.text <= self.cache_budget
+        if not self.keeps_text:
+            more = found.costs.text_macs / found.costs.macs
+            self.note(
+                f"the budget for caches has no room for the text's keys and values, {readable(found.text)}: "
+                f"every block makes its own at every step, {more:.1%} more multiply-adds"
+            )
+            found = replace(found, text=0)
         stages = partial(found.stages, stays=self.family.encoders if self.keep_text_encoder else ())
         held, self.stages = choose_offload(stages, self.offload, device=self.device, base=self.peaks.base)
         if held != self.held and "blocks" in (held, self.held):
             self.modules.pop("transformer", None)
         self.held = held
-
-    def check_tiled(self, tiled: bool) -> None:
-        """Refuse tiles where the autoencoder has none."""
-        if tiled and not self.family.has_tiles:
-            raise ValueError(f"tiled: the autoencoder of {self.folder} has no tiles; leave it out")
 
     def check_cache(self, settings: Settings) -> None:
         """Refuse a caching method that cannot act on this run."""
@@ -278,20 +307,13 @@ class Engine:
         """How ranks share this video, refused where they cannot; None where one rank makes it."""
         if self.world is None:
             return None
-        branches, heads = self.family.branches(settings.cfg_scale), self.part("transformer").config.heads
-        places = self.tokens_of(settings) // self.frames_of(settings)
-        layout = choose_layout(self.world.mode, self.world.size, heads, len(branches), places)
-        check_levels(settings.cache, layout)
-        return layout
+        part, world = self.part("transformer"), self.world
+        subs, heads = find_class(part.class_name).subs, part.config.heads
+        return find_layout(world.mode, world.size, self.family, subs, heads, settings)
 
     def tokens_of(self, settings: Settings) -> int:
         """Video tokens per branch."""
         return self.family.tokens(self.latent_shape(settings))
-
-    def frames_of(self, settings: Settings) -> int:
-        """Frames within which tokens attend to each other; 1 where all of them do."""
-        subs = find_class(self.part("transformer").class_name).subs
-        return self.latent_shape(settings)[1] if "t_attn" in subs else 1
 
     def policy(
         self, settings: Settings, used: list[Path] | None = None
@@ -439,7 +461,7 @@ class Engine:
     def forward(self, settings: Settings, text: list[Tensor]) -> Forward:
         """The transformer with everything that no step of this run changes."""
         model = self.module("transformer")
-        context = self.family.prepare(model, text, settings)
+        context = self.family.prepare(model, text, settings, keep_text=self.keeps_text)
         tokens = self.tokens_of(settings)
         batched, layout = settings.batched_guidance, self.layout(settings)
         if layout is not None:
@@ -462,16 +484,18 @@ class Engine:
 
     def trace(self, settings: Settings, outcome: Outcome) -> dict:
         """The log of a run, ready for JSON (cache/trace.py)."""
+        from minidit.costs import text_macs
+
         part, size = self.part("transformer"), self.latent_shape(settings)[1:]
         model = build(part.class_name, part.config)  # without weights: those may have been let go
         branches = self.family.branches(settings.cfg_scale)
-        table_at = cache(lambda width: model.macs(size, self.family.text_len, width))
+        anew = 0 if self.keeps_text else text_macs(model, self.family.text_len)
+        table_at = cache(lambda width: with_text(model.macs(size, self.family.text_len, width), anew))
         trace = make_trace(
             asdict(settings), outcome.records, model.subs, branches, table_at, outcome.cache_bytes
         )
         if (layout := self.layout(settings)) is not None:
-            text = 0 if "cross" in model.subs else self.family.text_len  # rows of h, which every rank has
-            share = largest_share(layout, self.tokens_of(settings), self.frames_of(settings), text)
+            share = busiest_share(layout, self.family, model.subs, settings)
             add_critical(trace, [record.plan for record in outcome.records], branches, layout, share)
         return trace
 
@@ -490,8 +514,9 @@ class Engine:
         self, latents: Tensor, *, tiled: bool = False, progress: bool = False
     ) -> Iterator[np.ndarray]:
         """`decode` piece by piece, a few frames (n, H, W, 3) at a time."""
-        self.check_tiled(tiled)
-        stream = self.family.decode(self, latents.to(self.device), tiled=tiled)
+        self.family.check_tiled(tiled)
+        watch = lambda tiles: tqdm(tiles, "decode tiles", disable=not progress)
+        stream = self.family.decode(self, latents.to(self.device), tiled=tiled, watch=watch)
         for part in tqdm(stream, "decode", latents.shape[2], disable=not progress):
             yield to_frames(part[0], rounds=self.family.rounds_levels)
 

@@ -6,6 +6,7 @@ own estimates; on a CPU the interpreter with its libraries lies below, as a run 
 """
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,13 +29,14 @@ class Stage:
 
     name: str  # text, denoise or decode
     weights: int
-    activations: int  # with what prepare() keeps
-    cache: int = 0
+    activations: int
+    cache: int = 0  # of a caching method
+    text: int = 0  # keys and values of the text, made once for all steps
     host: int = 0  # CPU memory of blocks that visit a GPU
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.cache
+        return self.weights + self.activations + self.cache + self.text
 
 
 def free_bytes(device: str, base: int = 0) -> int | None:
@@ -47,7 +49,14 @@ def free_bytes(device: str, base: int = 0) -> int | None:
     lines = Path("/proc/meminfo")
     if device != "cpu" or not lines.exists():
         return None
-    return field_bytes(lines, "MemAvailable") + max(0, in_use(device) - base)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun, which share this memory
+    return field_bytes(lines, "MemAvailable") // ranks + max(0, in_use(device) - base)
+
+
+def left_bytes(device: str) -> int | None:
+    """What can still be allocated on the device; None where the system does not say."""
+    free = free_bytes(device)
+    return None if free is None else free - in_use(device)
 
 
 def in_use(device: str) -> int:
@@ -141,18 +150,23 @@ def choose_offload(
         if room is None or most(stages).total * margin <= room:
             return name, stages
     fullest = most(stages)
-    tries = "a smaller --size, fewer --num-frames" + ("" if device == "cpu" else ", --offload blocks")
+    tries = ["a smaller --size", "fewer --num-frames", "--weights int8"]
+    tries += [] if device == "cpu" else ["--offload blocks"]
+    tries += ["--tiled"] if fullest.name == "decode" else []
+    tries += ["--cache-budget"] if fullest.cache + fullest.text else []
     raise ValueError(
         f"{fullest.name} needs {readable(fullest.total + below)} on {device} "
         f"({readable(fullest.weights)} of weights, {readable(fullest.activations)} of activations, "
-        f"{readable(fullest.cache)} of cache), and {readable(room + below)} are free; "
-        f"try {tries}, --weights int8 or --dtype bf16"
+        f"{readable(fullest.cache + fullest.text)} of caches), and {readable(room + below)} are free; "
+        f"try {', '.join(tries)} or --dtype bf16"
     )
 
 
-def readable(size: int) -> str:
-    """In GiB, or MiB where that is less than one."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+def readable(size: float) -> str:
+    """In GiB, MiB or KiB, whichever leaves a number of one or more."""
+    unit, name = (GIB, "GiB") if size >= GIB else (2**20, "MiB") if size >= 2**20 else (2**10, "KiB")
+    digits = 2 if unit == GIB or size < 10 * unit else 0
+    return f"{size / unit:.{digits}f} {name}"
 
 
 def describe(stages: Sequence[Stage], peaks: Peaks) -> str:

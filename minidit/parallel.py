@@ -30,7 +30,8 @@ from minidit.cache.plan import Need, Plan, Policy, RunInfo, Share, Tokens, Value
 from minidit.cache.spec import METHODS, parse
 from minidit.cache.trace import to_json
 from minidit.exchange import LOST, Exchange, all_gather
-from minidit.settings import pick_device
+from minidit.families import Family
+from minidit.settings import Settings, pick_device
 
 MODES = ("auto", "ulysses", "cfg", "ulysses+cfg", "data")
 TIMEOUT = timedelta(minutes=5)  # of a collective: a rank that hangs ends the run; one that dies does at once
@@ -45,6 +46,9 @@ class Layout:
 
     def __str__(self) -> str:
         return f"{self.ulysses * self.cfg} ranks (ulysses {self.ulysses}, cfg {self.cfg})"
+
+
+ALONE = Layout()  # one rank has all of a video
 
 
 def choose_layout(mode: str, ranks: int, heads: int, branches: int, places: int) -> Layout:
@@ -71,6 +75,22 @@ def choose_layout(mode: str, ranks: int, heads: int, branches: int, places: int)
     if places < layout.ulysses:
         raise ValueError(f"{layout.ulysses} ranks for {places} tokens; at most one rank per token has work")
     return layout
+
+
+def find_layout(
+    mode: str, ranks: int, family: Family, subs: Sequence[str], heads: int, settings: Settings
+) -> Layout:
+    """How ranks share a video; ValueError where they cannot. subs, heads: of the transformer's blocks"""
+    latent = family.latent_shape(settings.width, settings.height, settings.num_frames)
+    places = family.tokens(latent) // frames_of(subs, latent)
+    layout = choose_layout(mode, ranks, heads, len(family.branches(settings.cfg_scale)), places)
+    check_levels(settings.cache, layout)
+    return layout
+
+
+def frames_of(subs: Sequence[str], latent: Sequence[int]) -> int:
+    """Frames within which tokens attend to each other; 1 where all of them do. latent: (C, T, H, W)"""
+    return latent[1] if "t_attn" in subs else 1
 
 
 def nearest_divisors(heads: int, ranks: int) -> list[int]:
@@ -244,7 +264,7 @@ class Part:
     tokens: int  # video tokens of this rank
     frames: int  # groups that a rank has places of; 1 where all tokens attend to each other
     exchange: Exchange
-    pair: dist.ProcessGroup  # the ranks with these tokens, one per branch group
+    pair: dist.ProcessGroup | None  # the ranks with these tokens, one per branch group
     device: torch.device
 
     @property
@@ -284,15 +304,29 @@ class Part:
 
 def make_part(world: World, layout: Layout, model: Any, context: Any) -> Part:
     """This rank's part of a generation. context: of the whole, from model.prepare"""
-    tokens_group, pair = world.groups(layout)
+    return part_of(layout, model, context, rank=world.rank, groups=world.groups(layout), device=world.device)
+
+
+def part_of(
+    layout: Layout,
+    model: Any,
+    context: Any,
+    *,
+    rank: int = 0,
+    groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None),
+    device: torch.device | str = "meta",
+) -> Part:
+    """A rank's part of a generation; the first one's share of tokens is the largest.
+
+    groups: of this rank, from World.groups; without them the part has its shapes, and cannot run
+    """
     n = layout.ulysses
     frames = context.grid[0] if "t_attn" in model.subs else 1
     places = context.grid[0] * context.grid[1] * context.grid[2] // frames
-    exchange = Exchange(context.attention, share_out(places, n), world.rank % n, tokens_group)
-    branches = context.branches if layout.cfg == 1 else (context.branches[world.rank // n],)
-    part = Part(
-        layout, branches, context.branches, context, places * frames, frames, exchange, pair, world.device
-    )
+    exchange = Exchange(context.attention, share_out(places, n), rank % n, groups[0])
+    branches = context.branches if layout.cfg == 1 else (context.branches[rank // n],)
+    tokens, device = places * frames, torch.device(device)
+    part = Part(layout, branches, context.branches, context, tokens, frames, exchange, groups[1], device)
     if n == 1:
         return part
     count = exchange.counts[exchange.rank]
@@ -376,13 +410,24 @@ def check_levels(cache: str, layout: Layout) -> None:
         )
 
 
+def most_tokens(layout: Layout, tokens: int, frames: int) -> int:
+    """Video tokens of the busiest rank. frames: as in Part"""
+    return frames * max(share_out(tokens // frames, layout.ulysses))
+
+
 def largest_share(layout: Layout, tokens: int, frames: int, text: int) -> float:
     """The part of a branch's rows that the busiest rank has. text: rows that every rank repeats
 
     frames: as in Part. An upper bound of its multiply-adds: the products of attention are split evenly.
     """
-    longest = frames * max(share_out(tokens // frames, layout.ulysses))
-    return (longest + text) / (tokens + text)
+    return (most_tokens(layout, tokens, frames) + text) / (tokens + text)
+
+
+def busiest_share(layout: Layout, family: Family, subs: Sequence[str], settings: Settings) -> float:
+    """largest_share of a video. subs: of the transformer's blocks"""
+    latent = family.latent_shape(settings.width, settings.height, settings.num_frames)
+    text = 0 if "cross" in subs else family.text_len  # rows of h, which every rank has
+    return largest_share(layout, family.tokens(latent), frames_of(subs, latent), text)
 
 
 def add_critical(

@@ -44,7 +44,7 @@ class Settings:
     model_id: str  # of the weights, whatever the folder is called
     true_cfg: float = 0.0  # guidance on top of guidance_scale where that is embedded; 0: it is not embedded
     dynamic_cfg: bool = False  # CogVideoX: guidance changes from step to step, up to 1 + guidance_scale
-    tiled: bool = False  # CogVideoX: the autoencoder decodes tile by tile, which takes less memory
+    tiled: bool = False  # the autoencoder decodes tile by tile, which takes less memory
     compile: bool = False  # the transformer's blocks were compiled: other roundings
     weights: str = "full"  # of the transformer's blocks; int8, fp8 or fp8-dynamic (quantize.py)
     minidit: str = __version__

@@ -94,6 +94,40 @@ def test_offloading_and_quantising_make_room():
     assert stages_of(name, SIZE, dtype, weights="fp8")["denoise"][1] < 0.56 * plain["denoise"][1]
 
 
+def test_ranks_share_activations_and_caches_but_not_weights():
+    args, options = ("wan2.1-t2v-14b", SIZE, "bf16"), dict(cache="mixcache:impact=uniform")
+    alone, four = report(*args, **options), report(*args, ranks=4, **options)
+    line = "4 ranks (ulysses 4, cfg 1): the busiest has 8190 video tokens and 419 TMAC of a full step"
+    assert line in four and "ranks" not in alone
+    both = report(*args, ranks=8, parallel="ulysses+cfg", **options)
+    assert "8 ranks (ulysses 4, cfg 2): the busiest has 8190 video tokens and 209.5 TMAC" in both
+    cache = lambda text: float(re.search(r"([\d.]+) cache", text)[1])
+    assert cache(alone) / 4 == pytest.approx(cache(four), abs=0.03)  # predictions are whole on every rank
+    one, many = (stages_of(*args, ranks=ranks)["denoise"] for ranks in (1, 8))
+    assert one[1] == many[1] and many[2] < 0.5 * one[2]
+
+
+def test_ranks_that_cannot_share_a_video_are_refused():
+    args = "wan2.1-t2v-14b", SIZE, "bf16"
+    with pytest.raises(ValueError, match="3 ranks do not share out the 40 heads of this model; nearest"):
+        report(*args, ranks=3)
+    with pytest.raises(ValueError, match="--ranks 0: wanted 1 or more"):
+        report(*args, ranks=0)
+    with pytest.raises(ValueError, match="toca picks tokens of the whole video"):
+        report(*args, ranks=2, cache="toca")
+
+
+def test_tiles_make_room_for_decoding():
+    sizes = {"wan2.1-t2v-14b": SIZE, "open-sora-1.2": (848, 480, 51)}
+    for name in ("wan2.1-t2v-14b", "open-sora-1.2", "latte-1", "cogvideox-5b"):
+        size = sizes.get(name, (None, None, None))
+        plain, tiled = (stages_of(name, size, "bf16", tiled=tiled) for tiled in (False, True))
+        assert tiled["denoise"] == plain["denoise"], name
+        assert tiled["decode"][2] < 0.6 * plain["decode"][2], name
+    with pytest.raises(ValueError, match="tiled: .* always decodes in tiles; leave it out"):
+        report("hunyuan-video", (None, None, None), "bf16", tiled=True)
+
+
 def test_the_cache_is_predicted_as_the_store_will_be():
     settings = dict(steps=8, cache="mixcache:impact=uniform")
     engine = Engine("demo", device="cpu")

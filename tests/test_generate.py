@@ -14,7 +14,7 @@ import minidit
 from minidit.__main__ import main
 from minidit.generate import DEMO, Engine, load_latents, save_latents
 from minidit.settings import Choices, Settings
-from minidit.video import read_settings, read_video
+from minidit.video import read_settings, read_video, to_frames
 from tests.tensors import rel
 
 PROMPT = "a red circle moves left to right"
@@ -329,3 +329,15 @@ def test_damaged_and_missing_latents_are_refused(tmp_path):
         load_latents(damaged)
     with pytest.raises(ValueError, match="other.safetensors does not exist"):
         load_latents(Path(tmp_path / "other.safetensors"))
+
+
+def test_a_plane_larger_than_a_tile_is_decoded_in_tiles_where_that_is_asked_for(engine, capfd):
+    size = dict(width=288, height=64, num_frames=5, steps=1)  # two tiles beside each other
+    plain, tiled = (engine.generate(PROMPT, **size, tiled=choice) for choice in (False, True))
+    assert torch.equal(plain.latents, tiled.latents) and tiled.settings.tiled
+    want = to_frames(engine.module("vae").decode(plain.latents, tiled=True)[0])
+    assert np.array_equal(tiled.frames, want) and not np.array_equal(plain.frames, want)
+    assert np.array_equal(engine.decode(plain.latents, tiled=True, progress=True), want)
+    assert "decode tiles" in capfd.readouterr().err  # how many of them are done
+    small = engine.generate(PROMPT, **SMALL, tiled=True)
+    assert np.array_equal(small.frames, engine.decode(small.latents))

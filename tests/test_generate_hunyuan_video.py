@@ -186,3 +186,8 @@ def test_inspect_knows_what_the_release_costs(capsys):
     printed = capsys.readouterr().out
     assert "67320 video tokens" in printed and "transformer 12.821 B" in printed
     assert "2143 TMAC" in printed and "50 steps: 107.1 PMAC" in printed
+
+
+def test_tiles_are_not_a_choice(engine):
+    with pytest.raises(ValueError, match="tiled: this model's autoencoder always decodes in tiles"):
+        engine.resolve(PROMPT, Choices(tiled=True))

@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -425,6 +426,30 @@ def test_tokens_and_branches_are_shared_by_four_ranks(tmp_path, alone):
             assert rel(got, latents) < CLOSE and plans_of(others) == plans_of(records)
 
 
+def test_the_cache_of_the_busiest_rank_is_predicted(tmp_path):
+    runs = [(0, UNIFORM), (0, "fora"), (1, "fora")]  # ulysses, cfg
+    modes = ("ulysses", "cfg")
+
+    def work(world):
+        found = []
+        for mode, spec in runs:
+            world.mode = modes[mode]
+            engine = open_demo(world)
+            settings = settings_of(engine, spec, 27, 6)
+            outcome = engine.denoise(settings, engine.encode(settings))
+            found.append((engine.cache_bytes(settings), outcome.cache_bytes))
+        return found
+
+    engine = open_demo()
+    whole = [engine.cache_bytes(settings_of(engine, spec, 27, 6)) for _, spec in runs]
+    first, second = on_ranks(2, work, tmp_path)
+    assert all(
+        predicted == kept < all_of_it for (predicted, kept), all_of_it in zip(first, whole, strict=True)
+    )
+    assert [predicted for predicted, _ in first] == [predicted for predicted, _ in second]
+    assert all(kept <= predicted for predicted, kept in second)  # 13 tokens, where the first has 14
+
+
 # every family, small and random
 
 
@@ -711,5 +736,9 @@ def test_torchrun_starts_the_ranks(tmp_path):
     done = run([*GENERATE, "--quiet"])
     assert done.returncode == 0 and "3 ranks (ulysses 3, cfg 1)" in done.stdout
     assert (tmp_path / "v.npz").exists()
+    stages = re.findall(r"(\w+) (\d+) MiB predicted, (\d+) MiB measured", done.stdout)
+    assert {name for name, _, _ in stages} == {"text", "denoise", "decode"}
+    for name, predicted, measured in stages:
+        assert float(predicted) == pytest.approx(float(measured), rel=0.1), name
     refused = run([*GENERATE, "--quiet", "--resume"])
     assert refused.returncode != 0 and refused.stderr.count("minidit: ranks that share") == 1

@@ -84,7 +84,7 @@ def predict(model: Wan, x: Tensor, t: Tensor, text: list[Tensor], block_fn: Bloc
     context = model.prepare(text, tuple(x.shape[2:]), branches=("cond",) * len(x))
     h, cond = model.embed(x, t, context)
     for k, block in enumerate(model.blocks):
-        h = block_fn(block, h, cond.mod, *context.rope, *context.text_kv[k])
+        h = block_fn(block, h, cond.mod, *context.rope, *context.text[k])
     return model.head(h, cond)
 
 

@@ -8,6 +8,11 @@ Table = dict[Sub, int]  # a model's macs(): (block, sub-module) -> multiply-adds
 TableAt = Callable[[int | None], Table]  # of a width: the table with attention sliced to it, None as it is
 
 
+def with_text(table: Table, macs: int) -> Table:
+    """A table where every cross-attention makes the text's keys and values anew. macs: that this takes"""
+    return {key: n + macs * key[1].endswith("cross") for key, n in table.items()}
+
+
 def plan_macs(plan: Plan, branches: tuple[str, ...], table_at: TableAt) -> int:
     """Multiply-adds of one step. A gate's look at a block's first input is no product and not counted."""
     full, subs = table_at(None), dict(plan.subs)

@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -27,6 +27,7 @@ class Method:
     levels: str = ""  # what it reuses: step, cfg (a guidance branch), block, attention (and MLP), token
     acts_on: str = "all"  # the families that its reset() accepts; it tells the others why not
     profile: str = ""  # "needed", and what does in its place; "": it takes none
+    smaller: str = ""  # the variant or option with which it keeps least, for --cache-budget
 
     def load(self) -> type:
         return getattr(importlib.import_module(f"minidit.cache.policies.{self.module}"), self.cls)
@@ -34,7 +35,13 @@ class Method:
 
 METHODS = {
     "none": Method("none", "NoCache"),
-    "mixcache": Method("mixcache", "MixCache", "step cfg block", profile="needed, or impact=uniform"),
+    "mixcache": Method(
+        "mixcache",
+        "MixCache",
+        "step cfg block",
+        profile="needed, or impact=uniform",
+        smaller="levels=step/cfg",
+    ),
     "unicp": Method("unicp", "UniCP", "attention", profile="needed"),
     "mixcache+unicp": Method("combined", "Combined", "step cfg block attention", profile="both needed"),
     "planned": Method("planned", "Planned", "step", profile="needed"),  # minidit's own
@@ -50,9 +57,11 @@ METHODS = {
     "dbcache": Method("dbcache", "DBCache", "block"),
     "fora": Method("fora", "FORA", "attention"),
     "pab": Method("pab", "PAB", "attention"),
-    "taylorseer": Method("taylorseer", "TaylorSeer", "attention"),
+    "taylorseer": Method("taylorseer", "TaylorSeer", "attention", smaller="lite"),
     "ditfastattn": Method("ditfastattn", "DiTFastAttn", "attention", profile="needed"),
-    "fastercache": Method("fastercache", "FasterCache", "cfg attention", acts_on="guided; :attention all"),
+    "fastercache": Method(
+        "fastercache", "FasterCache", "cfg attention", acts_on="guided; :attention all", smaller="cfg"
+    ),
     "toca": Method("toca", "ToCa", "attention token"),
     "duca": Method("toca", "DuCa", "block attention token"),
     "replay": Method("replay", "Replay"),  # replay:FILE, the plans of a trace
@@ -66,6 +75,10 @@ class Spec:
     name: str  # of METHODS, or file.py:Class
     variant: str = ""
     options: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return ":".join(part for part in (self.name, self.variant, options) if part)
 
 
 def fewer_steps(text: str, steps: int) -> int | None:
@@ -114,6 +127,22 @@ def parse_one(text: str) -> Spec:
     if odd := [key for key, equals, value in pairs if not (key and equals and value)]:
         raise ValueError(f"cache {text!r}: {odd[0]!r} is not KEY=VALUE; separate options by commas")
     return Spec(head, variant, {key.strip().replace("-", "_"): value.strip() for key, _, value in pairs})
+
+
+def smaller_specs(text: str) -> list[str]:
+    """What a --cache argument may shrink to where it keeps too much, step by step.
+
+    First what stands behind the + goes, then what the method can do without; what was typed stays.
+    """
+    outer, *inner = parse(text)
+    found = [str(outer)] if inner else []
+    word = METHODS[outer.name].smaller if outer.name in METHODS else ""
+    key, _, value = word.partition("=")
+    if value and key not in outer.options:
+        found.append(str(replace(outer, options=outer.options | {key: value})))
+    if word and not value and not outer.variant:
+        found.append(str(replace(outer, variant=word)))
+    return found
 
 
 def find_class(name: str) -> type:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minidit.attention import Folded, FoldedText
 from minidit.cache.plan import SHARED, Mix, Need, Site
+from minidit.memory import left_bytes
 from minidit_kernels.mix import mix
 
 GIB = 2**30
@@ -120,7 +121,7 @@ def make_store(
 ) -> Store:
     """Allocate all rings before step 0; too much for the device is refused with the number."""
     wanted = ring_shapes(needs, branches, shape_of)
-    total, free = ring_bytes(wanted), free_bytes(device)
+    total, free = ring_bytes(wanted), left_bytes(str(device))
     if free is not None and total > free:
         raise ValueError(
             f"the cache needs {total / GIB:.2f} GiB and {free / GIB:.2f} GiB are free on {device}; "
@@ -131,9 +132,3 @@ def make_store(
         for key, (depth, shape, dtype) in wanted.items()
     }
     return Store(rings, constants or {})
-
-
-def free_bytes(device: torch.device | str) -> int | None:
-    """Bytes that can still be allocated on a GPU; None where the system does not say."""
-    device = torch.device(device)
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidit.attention import Backend, FoldableAttention, TextAttention
+from minidit.attention import Backend, FoldableAttention, Text, TextAttention, take_text
 from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.seam import BlockCache
-from minidit.layers import Linear, Mlp, TimeMlp, modulation_table, take_rows, timestep_sinusoid
+from minidit.layers import Linear, Mlp, TimeMlp, modulation_table, timestep_sinusoid
 from minidit.presets import LatteConfig
 from minidit_kernels.modulate import gated_residual, modulate
 
@@ -25,7 +25,7 @@ class BlockCond:
     """What one block sees beside h."""
 
     mod: Tensor  # (B, 6, D) fp32
-    text_kv: tuple[Tensor, Tensor]  # (B, N, M, K) each
+    text: Text
     frames: int  # T
     frame_positions: Tensor | None  # (T, D) fp32, added between the halves of block 0
     has_time: bool  # the temporal half runs
@@ -42,7 +42,7 @@ class Context:
     positions: Tensor  # (S, D) fp32
     frame_positions: Tensor | None  # (T, D) fp32; an image has none
     has_time: bool
-    text_kv: tuple[tuple[Tensor, Tensor], ...]  # per block; text does not change over steps, so this is exact
+    text: tuple[Text, ...]  # per block; it does not change over steps, so that keys and values may be kept
     attention: Backend
     residual: torch.dtype  # of h
 
@@ -51,8 +51,8 @@ class Context:
         if tuple(branches) == self.branches:
             return self
         rows = [self.branches.index(branch) for branch in branches]
-        text_kv = tuple((take_rows(k, rows), take_rows(v, rows)) for k, v in self.text_kv)
-        return replace(self, branches=tuple(branches), text_kv=text_kv)
+        text = tuple(take_text(each, rows) for each in self.text)
+        return replace(self, branches=tuple(branches), text=text)
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ class Cond:
     def at(self, block: int) -> BlockCond:
         c = self.context
         positions = c.frame_positions if block == 0 else None
-        return BlockCond(
-            self.mod, c.text_kv[block], c.grid[0], positions, c.has_time, c.attention, self.dtype
-        )
+        return BlockCond(self.mod, c.text[block], c.grid[0], positions, c.has_time, c.attention, self.dtype)
 
 
 def sinusoid(positions: Tensor, width: int) -> Tensor:
@@ -117,7 +115,7 @@ class LatteBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.rows(self.mod, cond)
         x = modulate(h, scale1, shift1, eps=self.eps, dtype=cond.dtype)  # (B, T*S, D)
         h = gated_residual(h, gate1, cache.run("attn", self.attn, x, cond))
-        h = h + cache.run("cross", self.cross, h.to(cond.dtype), cond.text_kv, cond)
+        h = h + cache.run("cross", self.cross, h.to(cond.dtype), cond.text, cond)
         x = modulate(h, scale2, shift2, eps=self.eps, dtype=cond.dtype)
         return gated_residual(h, gate2, cache.run("mlp", self.mlp, x))
 
@@ -180,16 +178,21 @@ class Latte(nn.Module):
         attention: str = "auto",
         residual: torch.dtype | None = None,
         has_time: bool = True,
+        keep_text: bool = True,
     ) -> Context:
         """Everything a generation needs that no step changes.
 
         text: one (M, text_width) per batch row, of one length: the text encoder cuts the negative prompt to
-        the prompt · size: latent (T, H, W) · branches: a name per row · has_time: off for Latte-0's images
+        the prompt · size: latent (T, H, W) · branches: a name per row · has_time: off for Latte-0's images ·
+        keep_text: the text's keys and values are made now, for all steps; else every block makes its own
         """
         self.check_input(text, size[0])
         weight, c = self.patch_in.weight, self.config
         grid = size[0], size[1] // c.patch, size[2] // c.patch
         states = self.text_mlp(torch.stack(list(text)).to(weight))  # (B, M, D)
+        text_of_blocks = (states,) * c.depth
+        if keep_text:
+            text_of_blocks = tuple(block.cross.keys_values(states) for block in self.blocks)
         frame_positions = None
         if size[0] > 1 and has_time:
             frame_positions = sinusoid(torch.arange(size[0], dtype=torch.float64), c.width).float()
@@ -200,7 +203,7 @@ class Latte(nn.Module):
             positions=grid_positions(*grid[1:], c).to(weight.device),
             frame_positions=frame_positions,
             has_time=has_time,
-            text_kv=tuple(block.cross.keys_values(states) for block in self.blocks),
+            text=text_of_blocks,
             attention=attention,
             residual=residual or weight.dtype,
         )
@@ -251,14 +254,13 @@ class Latte(nn.Module):
         return getattr(self.blocks[0], sub).pattern_shape(t, h * w)
 
     def activation_bytes(self, tokens: int, item: int) -> int:
-        """An estimate of the fullest moment of a block, beside text keys and values of two branches.
+        """An estimate of the fullest moment of a block.
 
         In attention: h, its normed copy, qkv and the output; in the MLP: h, the normed copy and the hidden
         layer before and after GELU. item: bytes of the run's dtype
         """
         c = self.config
-        text = 4 * c.depth * c.text_len * c.width * item
-        return tokens * max(6 * c.width, 2 * c.width + 2 * c.mlp_width) * item + text
+        return tokens * max(6 * c.width, 2 * c.width + 2 * c.mlp_width) * item
 
     def macs(
         self, size: tuple[int, int, int], text_len: int, slice_width: int | None = None
@@ -266,9 +268,9 @@ class Latte(nn.Module):
         """Multiply-adds of one forward of one branch, by (block, sub-module).
 
         size: latent (T, H, W). Linears and both attention products inside the blocks; text keys and values
-        are computed once per generation and not counted. slice_width: of queries and keys, which comes
-        folded into their projections; 0: a kept map's, which over time is there and within frames
-        is made anew from kept queries and keys.
+        are made once per generation and not counted (macs.with_text). slice_width: of queries and keys, which
+        comes folded into their projections; 0: a kept map's, which over time is there and within frames is
+        made anew from kept queries and keys.
         """
         c = self.config
         frames, places = size[0], size[1] * size[2] // c.patch**2

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidit.attention import FULL, AxisAttention, Backend, Full, Sliced, TextAttention, split_heads
+from minidit.attention import (
+    FULL,
+    AxisAttention,
+    Backend,
+    Full,
+    Sliced,
+    Text,
+    TextAttention,
+    split_heads,
+    take_text,
+)
 from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.seam import BlockCache
 from minidit.layers import (
@@ -23,13 +33,10 @@ from minidit.layers import (
     TimeMlp,
     modulation_table,
     rope_axis,
-    take_rows,
     timestep_sinusoid,
 )
 from minidit.presets import OpenSoraConfig
 from minidit_kernels.modulate import gated_residual, modulate
-
-KV = tuple[Tensor, Tensor]  # keys and values of the text, (B, N, M, K) each
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class BlockCond:
     """What one block sees beside h."""
 
     mod: Tensor  # (G, 6, D) fp32, G = B, or B*T where frames differ in their timestep
-    text_kv: tuple[KV, KV]  # of the spatial and of the temporal half
+    text: tuple[Text, Text]  # of the spatial and of the temporal half
     frames: int  # T
     rope: tuple[Tensor, Tensor]  # cos, sin (T, K/2) fp32, over time
     attention: Backend
@@ -66,7 +73,8 @@ class Context:
     frame_mask: (
         Tensor | None
     )  # (T,) in [0, 1]: a frame is noisy from t = 1000 * mask on, until then it is given
-    text_kv: tuple[tuple[KV, KV], ...]  # per block; text does not change over steps, so this is exact
+    # per block and half; it does not change over steps, so that keys and values may be kept
+    text: tuple[tuple[Text, Text], ...]
     attention: Backend
     residual: torch.dtype  # of h
 
@@ -75,10 +83,8 @@ class Context:
         if tuple(branches) == self.branches:
             return self
         rows = [self.branches.index(branch) for branch in branches]
-        text_kv = tuple(
-            tuple((take_rows(k, rows), take_rows(v, rows)) for k, v in halves) for halves in self.text_kv
-        )
-        return replace(self, branches=tuple(branches), text_kv=text_kv)
+        text = tuple(tuple(take_text(each, rows) for each in halves) for halves in self.text)
+        return replace(self, branches=tuple(branches), text=text)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Cond:
 
     def at(self, block: int) -> BlockCond:
         c = self.context
-        return BlockCond(self.mod, c.text_kv[block], c.grid[0], c.rope, c.attention, self.dtype)
+        return BlockCond(self.mod, c.text[block], c.grid[0], c.rope, c.attention, self.dtype)
 
 
 def sinusoid(positions: Tensor, width: int) -> Tensor:
@@ -161,11 +167,11 @@ class OpenSoraBlock(nn.Module):
         self.t_mlp = Mlp(config.width, config.mlp_width)
 
     def forward(self, h: Tensor, cond: BlockCond, cache: BlockCache) -> Tensor:
-        h = self.half("", self.mod, h, cond, cond.text_kv[0], cache)  # (B, T*S, D)
-        return self.half("t_", self.t_mod, h, cond, cond.text_kv[1], cache)
+        h = self.half("", self.mod, h, cond, cond.text[0], cache)  # (B, T*S, D)
+        return self.half("t_", self.t_mod, h, cond, cond.text[1], cache)
 
     def half(
-        self, prefix: str, table: Tensor, h: Tensor, cond: BlockCond, text_kv: KV, cache: BlockCache
+        self, prefix: str, table: Tensor, h: Tensor, cond: BlockCond, text: Text, cache: BlockCache
     ) -> Tensor:
         """prefix: of the half's sub-modules, "" for space and "t_" for time"""
         attn, cross, mlp = (getattr(self, prefix + name) for name in ("attn", "cross", "mlp"))
@@ -173,7 +179,7 @@ class OpenSoraBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(1)  # six (G, 1, D), fp32
         x = modulate_groups(h, scale1, shift1, eps=self.eps, dtype=cond.dtype)  # (B, T*S, D)
         h = gate_groups(h, gate1, cache.run(f"{prefix}attn", attn, x, cond))
-        h = h + cache.run(f"{prefix}cross", cross, h.to(cond.dtype), text_kv, cond)
+        h = h + cache.run(f"{prefix}cross", cross, h.to(cond.dtype), text, cond)
         x = modulate_groups(h, scale2, shift2, eps=self.eps, dtype=cond.dtype)
         return gate_groups(h, gate2, cache.run(f"{prefix}mlp", mlp, x))
 
@@ -232,11 +238,13 @@ class OpenSora(nn.Module):
         attention: str = "auto",
         residual: torch.dtype | None = None,
         frame_mask: Tensor | None = None,
+        keep_text: bool = True,
     ) -> Context:
         """Everything a generation needs that no step changes.
 
         text: one (M, text_width) per batch row, all of one length; None is no prompt, with as many rows as
-        the first · size: latent (T, H, W) · branches: a name per row · frame_mask: see Context
+        the first · size: latent (T, H, W) · branches: a name per row · frame_mask: see Context · keep_text:
+        the text's keys and values are made now, for all steps; else every block makes its own
         """
         weight, c = self.patch_in.weight, self.config
         rows = [self.null_text[: len(text[0])] if states is None else states for states in text]
@@ -248,7 +256,10 @@ class OpenSora(nn.Module):
         states = self.text_mlp(torch.stack([states.to(weight) for states in rows]))  # (B, M, D)
         grid = size[0], -(-size[1] // c.patch), -(-size[2] // c.patch)
         angles = rope_axis(grid[0], c.width // c.heads)
-        keys_values = lambda block: (block.cross.keys_values(states), block.t_cross.keys_values(states))
+        text_of_blocks = ((states, states),) * c.depth
+        if keep_text:
+            halves = lambda block: (block.cross, block.t_cross)
+            text_of_blocks = tuple(tuple(half.keys_values(states) for half in halves(b)) for b in self.blocks)
         return Context(
             branches=tuple(branches),
             size=tuple(size),
@@ -257,7 +268,7 @@ class OpenSora(nn.Module):
             fps=self.fps_mlp(timestep_sinusoid(weight.new_tensor([video.fps]).float(), c.freq_width)),
             rope=(angles.cos().float().to(weight.device), angles.sin().float().to(weight.device)),
             frame_mask=None if frame_mask is None else frame_mask.to(weight.device, torch.float32),
-            text_kv=tuple(keys_values(block) for block in self.blocks),
+            text=text_of_blocks,
             attention=attention,
             residual=residual or weight.dtype,
         )
@@ -306,14 +317,13 @@ class OpenSora(nn.Module):
         return getattr(self.blocks[0], sub).pattern_shape(t, h * w)
 
     def activation_bytes(self, tokens: int, item: int) -> int:
-        """An estimate of the fullest moment of a block, beside text keys and values of two branches.
+        """An estimate of the fullest moment of a block.
 
         In attention: h, its normed copy, qkv and the normed q and k with their fp32 forms; in the MLP: h, the
         normed copy and the hidden layer before and after GELU. item: bytes of the run's dtype
         """
         c = self.config
-        text = 8 * c.depth * c.text_len * c.width * item
-        return tokens * max(c.width * (7 * item + 8), (2 * c.width + 2 * c.mlp_width) * item) + text
+        return tokens * max(c.width * (7 * item + 8), (2 * c.width + 2 * c.mlp_width) * item)
 
     def macs(
         self, size: tuple[int, int, int], text_len: int, slice_width: int | None = None
@@ -321,9 +331,10 @@ class OpenSora(nn.Module):
         """Multiply-adds of one forward of one branch, by (block, sub-module).
 
         size: latent (T, H, W). Linears and both attention products inside the blocks; text keys and values
-        are computed once per generation and not counted. slice_width: of queries and keys: folded into the
-        projection of queries towards text, and a rotation in self-attention, where norms stand between; 0: a
-        kept map's, which over time is there and within frames is made anew from kept queries and keys.
+        are made once per generation and not counted (macs.with_text). slice_width: of queries and keys:
+        folded into the projection of queries towards text, and a rotation in self-attention, where norms
+        stand between; 0: a kept map's, which over time is there and within frames is made anew from kept
+        queries and keys.
         """
         c = self.config
         frames, places = size[0], -(-size[1] // c.patch) * -(-size[2] // c.patch)

@@ -8,7 +8,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidit.attention import FULL, Backend, Full, Sliced, attend, attention, merge_heads, split_heads
+from minidit.attention import (
+    FULL,
+    Backend,
+    Full,
+    Sliced,
+    Text,
+    attend,
+    attention,
+    merge_heads,
+    split_heads,
+    take_text,
+)
 from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.seam import BlockCache
 from minidit.layers import (
@@ -19,7 +30,6 @@ from minidit.layers import (
     TimeMlp,
     modulation_table,
     rope_axis,
-    take_rows,
     timestep_sinusoid,
 )
 from minidit.presets import WanConfig
@@ -32,7 +42,7 @@ class BlockCond:
 
     mod: Tensor  # (B, 6, D) fp32
     rope: tuple[Tensor, Tensor]  # cos, sin (L, K/2) fp32
-    text_kv: tuple[Tensor, Tensor]  # (B, N, M, K) each
+    text: Text
     attention: Backend
     dtype: torch.dtype  # of the matrix products
 
@@ -44,7 +54,7 @@ class Context:
     branches: tuple[str, ...]  # one name per batch row
     grid: tuple[int, int, int]  # tokens along (T, H, W)
     rope: tuple[Tensor, Tensor]
-    text_kv: tuple[tuple[Tensor, Tensor], ...]  # per block; text does not change over steps, so this is exact
+    text: tuple[Text, ...]  # per block; it does not change over steps, so that keys and values may be kept
     attention: Backend
     residual: torch.dtype  # of h; float32 reproduces the original, the run dtype halves its traffic
 
@@ -53,8 +63,8 @@ class Context:
         if tuple(branches) == self.branches:
             return self
         rows = [self.branches.index(branch) for branch in branches]
-        text_kv = tuple((take_rows(k, rows), take_rows(v, rows)) for k, v in self.text_kv)
-        return replace(self, branches=tuple(branches), text_kv=text_kv)
+        text = tuple(take_text(each, rows) for each in self.text)
+        return replace(self, branches=tuple(branches), text=text)
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class Cond:
 
     def at(self, block: int) -> BlockCond:
         context = self.context
-        return BlockCond(self.mod, context.rope, context.text_kv[block], context.attention, self.dtype)
+        return BlockCond(self.mod, context.rope, context.text[block], context.attention, self.dtype)
 
 
 def rope_table(grid: tuple[int, int, int], width: int) -> tuple[Tensor, Tensor]:
@@ -129,15 +139,17 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(config.width, config.eps)
         self.out = Linear(config.width, config.width)
 
-    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """text (B, M, D) -> keys and values (B, N, M, K)"""
+    def keys_values(self, text: Text) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, N, M, K) of states (B, M, D); those that were made before, as they are"""
+        if isinstance(text, tuple):
+            return text
         k, v = self.kv(text).chunk(2, dim=-1)
         v = v.contiguous()  # a view would keep the keys before their norm alive
         return self.k_norm.into_heads(k, self.heads), split_heads(v, self.heads)
 
     def forward(self, x: Tensor, cond: BlockCond) -> Tensor:
         q = self.q_norm.into_heads(self.q(x), self.heads)  # (B, N, L, K)
-        return self.out(merge_heads(attention(q, *cond.text_kv, backend=cond.attention)))
+        return self.out(merge_heads(attention(q, *self.keys_values(cond.text), backend=cond.attention)))
 
 
 class WanBlock(nn.Module):
@@ -208,10 +220,12 @@ class Wan(nn.Module):
         branches: Sequence[str] = ("cond",),
         attention: str = "auto",
         residual: torch.dtype | None = None,
+        keep_text: bool = True,
     ) -> Context:
         """Everything a generation needs that no step changes.
 
-        text: one (M_i, text_width) per batch row · size: latent (T, H, W) · branches: a name per row
+        text: one (M_i, text_width) per batch row · size: latent (T, H, W) · branches: a name per row ·
+        keep_text: the text's keys and values are made now, for all steps; else every block makes its own
         """
         longest = max(len(states) for states in text)
         if longest > self.config.text_len:
@@ -224,10 +238,12 @@ class Wan(nn.Module):
             [F.pad(t, (0, 0, 0, self.config.text_len - len(t))) for t in text]
         )  # zero rows count too
         states = self.text_mlp(rows.to(weight))  # (B, M, D)
-        text_kv = tuple(block.cross.keys_values(states) for block in self.blocks)
+        text_of_blocks = (states,) * self.config.depth
+        if keep_text:
+            text_of_blocks = tuple(block.cross.keys_values(states) for block in self.blocks)
         cos, sin = rope_table(grid, self.config.width // self.config.heads)
         angles = cos.to(weight.device), sin.to(weight.device)
-        return Context(tuple(branches), grid, angles, text_kv, attention, residual or weight.dtype)
+        return Context(tuple(branches), grid, angles, text_of_blocks, attention, residual or weight.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -260,7 +276,7 @@ class Wan(nn.Module):
         return (1, tokens, self.config.width), context.residual
 
     def activation_bytes(self, tokens: int, item: int) -> int:
-        """An estimate of the fullest moment of a block, beside text keys and values of two branches.
+        """An estimate of the fullest moment of a block.
 
         In attention: h, its normed copy, qkv and the rotated q and k with their fp32 forms; in the MLP: h,
         the normed copy and the hidden layer before and after GELU. item: bytes of the run's dtype
@@ -268,8 +284,7 @@ class Wan(nn.Module):
         c = self.config
         attention = c.width * (7 * item + 8)
         mlp = 2 * c.width * item + 2 * c.mlp_width * item
-        text = 4 * c.depth * c.text_len * c.width * item
-        return tokens * max(attention, mlp) + text
+        return tokens * max(attention, mlp)
 
     def macs(
         self, size: tuple[int, int, int], text_len: int, slice_width: int | None = None
@@ -277,8 +292,8 @@ class Wan(nn.Module):
         """Multiply-adds of one forward of one branch, by (block, sub-module).
 
         size: latent (T, H, W). Linears and both attention products inside the blocks; text keys and values
-        are computed once per generation and not counted. slice_width: of queries and keys in self-attention,
-        the projection onto it included.
+        are made once per generation and not counted (macs.with_text). slice_width: of queries and keys in
+        self-attention, the projection onto it included.
         """
         c = self.config
         tokens = size[0] * size[1] * size[2] // (c.patch[0] * c.patch[1] * c.patch[2])

@@ -29,10 +29,12 @@ FULL_ATTENTION = dict(width=48, mlp_width=64, heads=2, depth=3, channels=4, text
 
 
 @torch.no_grad()
-def forward_of(family: str, *, is_batched: bool = True, attention: str = "auto") -> Forward:
-    """A model whose branches have texts of one length."""
+def forward_of(
+    family: str, *, is_batched: bool = True, attention: str = "auto", keep_text: bool = True
+) -> Forward:
+    """A model whose branches have texts of one length. keep_text: off, of models with cross-attention"""
     texts = [randn(5, 16, seed=2), randn(5, 16, seed=3)]
-    options = {"branches": BOTH, "attention": attention}
+    options = {"branches": BOTH, "attention": attention} | ({} if keep_text else {"keep_text": False})
     if family == "wan":
         model = random(Wan(WanConfig(**FULL_ATTENTION)))
     elif family == "hunyuan_video":

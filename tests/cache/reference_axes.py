@@ -41,7 +41,7 @@ class UnrolledRun:
         h, cond = self.model.embed(x, torch.tensor([step.t]), self.context.select((branch,)))
         for k, block in enumerate(self.model.blocks):
             has_time_text = hasattr(block, "t_cross")
-            kv = cond.context.text_kv[k]
+            kv = cond.context.text[k]
             seen = cond.at(k)
             h = self.half("", block.mod, k, h, seen, kv[0] if has_time_text else kv, step.i, branch)
             if k == 0 and getattr(seen, "frame_positions", None) is not None:

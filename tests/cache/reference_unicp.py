@@ -99,5 +99,5 @@ class UnrolledRun:
 
     def cross_attention(self, block: WanBlock, x: Tensor, cond: BlockCond) -> Tensor:
         q = block.cross.q_norm(block.cross.q(x)).unflatten(2, (block.cross.heads, -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, *cond.text_kv)
+        out = F.scaled_dot_product_attention(q, *cond.text)
         return block.cross.out(out.transpose(1, 2).flatten(2))

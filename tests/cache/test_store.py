@@ -57,12 +57,12 @@ def test_too_much_is_refused_with_the_number(monkeypatch):
     needs = (Need(h(1)), Need(GUIDED))
     wanted = (5 + 7) * 4 * 2 + 6 * 4
     monkeypatch.setattr(stores, "GIB", 100)  # so that two digits show
-    monkeypatch.setattr(stores, "free_bytes", lambda device: wanted)
+    monkeypatch.setattr(stores, "left_bytes", lambda device: wanted)
     assert make(*needs).bytes == wanted
-    monkeypatch.setattr(stores, "free_bytes", lambda device: wanted - 1)
+    monkeypatch.setattr(stores, "left_bytes", lambda device: wanted - 1)
     with pytest.raises(ValueError, match=r"the cache needs 1\.20 GiB and 1\.19 GiB are free on cpu; choose"):
         make(*needs)
-    monkeypatch.setattr(stores, "free_bytes", lambda device: None)  # where the system does not say
+    monkeypatch.setattr(stores, "left_bytes", lambda device: None)  # where the system does not say
     assert make(*needs).bytes == wanted
 
 

@@ -65,7 +65,7 @@ def test_a_context_depends_on_its_own_text_alone():
     alone = model.prepare([short], SIZE, branches=("uncond",))
     selected = two_branches(model).select(("uncond",))
     assert selected.branches == alone.branches == ("uncond",)
-    for (k, v), (k_alone, v_alone) in zip(selected.text_kv, alone.text_kv, strict=True):
+    for (k, v), (k_alone, v_alone) in zip(selected.text, alone.text, strict=True):
         assert rel(k, k_alone) < REL and rel(v, v_alone) < REL
 
 
