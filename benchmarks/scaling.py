@@ -205,7 +205,8 @@ def main() -> None:
         found = {ranks: start(args, ranks, Path(folder)) for ranks in counts}
     rows = compare(found, CLOSE[args.dtype])
     print(table(rows, COLUMNS) + f"\n\n{machine()['card']}. {busy()}")
-    name = f"scaling-{args.preset or Path(args.model).name}"
+    mode = "" if args.parallel == "auto" else f"-{args.parallel}"
+    name = f"scaling-{args.preset or Path(args.model).name}{mode}"
     print(write_results(name, command_line("scaling"), rows, args.device))
 
 

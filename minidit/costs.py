@@ -28,6 +28,7 @@ from minidit.presets import Defaults, HunyuanVideoConfig, OpenSoraConfig, Schedu
 from minidit.quantize import QuantLinear, quantize_blocks
 from minidit.sampling import Forward, run_info, site_shapes
 from minidit.settings import BATCHED_TOKENS, DTYPES, Choices, Settings
+from minidit.vae.tiles import video_bytes
 from minidit.weights import Manifest, is_fp32, read_manifest
 
 # what ranks have beside a block's activations, in copies of h: around attention queries, keys and values are
@@ -64,6 +65,8 @@ class Costs:
     activation_bytes: dict[str, int]  # by component, estimated; text encoders need next to nothing
     text_bytes: int  # keys and values of one branch's text, in all blocks
     text_macs: int  # of making them anew, per forward and branch
+    decoder: str  # the component that decodes
+    video_bytes: int  # what it has decoded, in CPU memory
 
 
 def find_parts(model: str) -> Parts:
@@ -115,10 +118,11 @@ def measure(
     held = {name: weight_bytes(m, types[name], m.keep_fp32) for name, m in built.items()}
     model = built["transformer"]
     blocks = tuple(weight_bytes(block, types["transformer"], model.keep_fp32) for block in model.blocks)
-    vae = built["vae"].activation_bytes(*size, **({"tiled": True} if tiled else {}))
+    decoder = family.decoder(latent[1])
+    vae, item = built[decoder], types[decoder].itemsize
     activations = {
         "transformer": step_bytes(model, frames_of(model.subs, latent), tokens, run, rows, layout),
-        "vae": vae,
+        "vae": vae.activation_bytes(*size, item, **({"tiled": True} if tiled else {})),
     }
     return Costs(
         size,
@@ -131,6 +135,8 @@ def measure(
         activations,
         text_bytes(model, family.text_len, run),
         count_crosses(model) * text_macs(model, family.text_len),
+        decoder,
+        video_bytes(*size, item, vae.tiles if tiled else None),
     )
 
 
@@ -195,14 +201,14 @@ class Footprint:
             transformer += SLOTS * max(blocks)
             if self.device != "cpu":
                 transformer, host = transformer - sum(blocks), sum(blocks)
-        vae = sum(size for name, size in weights.items() if name.startswith("vae"))
         left = transformer if offload == "none" else 0
         heap = HEAP if self.device == "cpu" else 1
-        denoise, decode = (int(heap * self.costs.activation_bytes[name]) for name in ("transformer", "vae"))
+        denoise, decode = (self.costs.activation_bytes[name] for name in ("transformer", "vae"))
+        decode += self.costs.video_bytes if self.device == "cpu" else 0
         return [
             Stage("text", text, 0),
-            Stage("denoise", below + transformer, denoise, self.cache, self.text, host),
-            Stage("decode", below + left + vae, decode),
+            Stage("denoise", below + transformer, int(heap * denoise), self.cache, self.text, host),
+            Stage("decode", below + left + weights[self.costs.decoder], int(heap * decode)),
         ]
 
 

@@ -86,6 +86,10 @@ class Family(Protocol):
         if tiled and not self.has_tiles:
             raise ValueError("tiled: this model's autoencoder always decodes in tiles; leave it out")
 
+    def decoder(self, frames: int) -> str:
+        """The component that decodes so many latent frames."""
+        return "vae"
+
     def decode(
         self, parts: Components, latents: Tensor, *, tiled: bool = False, watch: Watch = iter
     ) -> Iterator[Tensor]:
@@ -93,7 +97,8 @@ class Family(Protocol):
 
         tiled: tile by tile, which takes less memory and gives other pixels · watch: see Tiles.stream
         """
-        return parts.module("vae").decode_stream(latents, tiled=tiled, watch=watch)
+        vae = parts.module(self.decoder(latents.shape[2]))
+        return vae.decode_stream(latents, tiled=tiled, watch=watch)
 
 
 class FlowFamily(Family):
@@ -172,11 +177,8 @@ class LatteFamily(Family):
     def schedule(self, settings: Settings) -> TableSchedule:
         return make_table_schedule(table_config(self.table, settings), settings.steps)
 
-    def decode(
-        self, parts: Components, latents: Tensor, *, tiled: bool = False, watch: Watch = iter
-    ) -> Iterator[Tensor]:
-        name = "vae_2" if self.has_temporal_decoder and latents.shape[2] > 1 else "vae"
-        return parts.module(name).decode_stream(latents, tiled=tiled, watch=watch)
+    def decoder(self, frames: int) -> str:
+        return "vae_2" if self.has_temporal_decoder and frames > 1 else "vae"
 
 
 class CogVideoXFamily(Family):
@@ -223,7 +225,7 @@ class CogVideoXFamily(Family):
         self, parts: Components, latents: Tensor, *, tiled: bool = False, watch: Watch = iter
     ) -> Iterator[Tensor]:
         extra = 1 - latents.shape[2] % 2
-        return parts.module("vae").decode_stream(latents[:, :, extra:], tiled=tiled, watch=watch)
+        return super().decode(parts, latents[:, :, extra:], tiled=tiled, watch=watch)
 
 
 class HunyuanVideoFamily(FlowFamily):

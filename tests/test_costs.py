@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
-from minidit.costs import find_parts, measure, report
+from minidit.costs import find_parts, footprint, measure, report, settings_of
 from minidit.generate import DEMO, Engine
+from minidit.memory import HEAP
 from minidit.presets import PRESETS
 from minidit.settings import Choices
 
@@ -117,13 +118,35 @@ def test_ranks_that_cannot_share_a_video_are_refused():
         report(*args, ranks=2, cache="toca")
 
 
+def test_decoding_is_that_of_the_autoencoder_that_decodes():
+    latte = find_parts("latte-1")
+    video, image = (measure(latte, (512, 512, frames), "bf16") for frames in (16, 1))
+    assert (video.decoder, image.decoder) == ("vae_2", "vae")
+    assert video.activation_bytes["vae"] > 14 * image.activation_bytes["vae"]  # a chunk, not a frame
+    (decode,) = (s for s in footprint_of("latte-1").stages("parts") if s.name == "decode")
+    assert decode.weights == video.weight_bytes["vae_2"]
+
+
+def footprint_of(name: str, device: str = "cuda"):
+    parts = find_parts(name)
+    return footprint(parts, settings_of(parts, name, {"dtype": "bf16", "device": device, "weights": "full"}))
+
+
+def test_a_finished_video_lies_in_cpu_memory():
+    card, cpu = (footprint_of("wan2.1-t2v-1.3b", device) for device in ("cuda", "cpu"))
+    decode = lambda found: next(s for s in found.stages("parts") if s.name == "decode").activations
+    assert decode(card) == card.costs.activation_bytes["vae"]
+    assert decode(cpu) == pytest.approx(HEAP * (decode(card) + 832 * 480 * 81 * 3 * 5), rel=1e-6)
+
+
 def test_tiles_make_room_for_decoding():
     sizes = {"wan2.1-t2v-14b": SIZE, "open-sora-1.2": (848, 480, 51)}
     for name in ("wan2.1-t2v-14b", "open-sora-1.2", "latte-1", "cogvideox-5b"):
         size = sizes.get(name, (None, None, None))
         plain, tiled = (stages_of(name, size, "bf16", tiled=tiled) for tiled in (False, True))
         assert tiled["denoise"] == plain["denoise"], name
-        assert tiled["decode"][2] < 0.6 * plain["decode"][2], name
+        most = 0.65 if name.startswith("open-sora") else 0.5  # whose part over time has no tiles
+        assert tiled["decode"][2] < most * plain["decode"][2], name
     with pytest.raises(ValueError, match="tiled: .* always decodes in tiles; leave it out"):
         report("hunyuan-video", (None, None, None), "bf16", tiled=True)
 

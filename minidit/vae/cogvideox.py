@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minidit.presets import CogVideoXVAEConfig
-from minidit.vae.tiles import Tiles, Watch, decode_bytes
+from minidit.vae.tiles import Tiles, Watch, pixels_in_hand
 
 State = dict[nn.Module, Tensor]  # layer -> the last two frames of its input, (B, C, 2, H, W)
 LATENT_CHUNK = 2  # latent frames that go through the decoder together
@@ -289,14 +289,17 @@ class CogVideoXVAE(nn.Module):
         """Latent cells (H, W) of a tile."""
         return self.config.tile[0] // self.space_stride, self.config.tile[1] // self.space_stride
 
-    def activation_bytes(self, width: int, height: int, num_frames: int, *, tiled: bool = False) -> int:
-        """An estimate for decoding: four fp32 states of nine frames of a plane or tile, and the video.
+    def activation_bytes(
+        self, width: int, height: int, num_frames: int, item: int, *, tiled: bool = False
+    ) -> int:
+        """An estimate for decoding: seven maps of nine frames of a plane or tile.
 
-        At the last level every convolution keeps two frames besides.
+        Measured on a CPU in fp32. At the last level every convolution keeps two frames besides. item: bytes
+        of the dtype
         """
         c = self.config
-        per_pixel = c.widths[0] * 4 * (4 * 9 + 2 * 2 * (c.res_blocks + 1))
-        return decode_bytes(width, height, num_frames, per_pixel, self.tiles if tiled else None)
+        per_pixel = item * c.widths[0] * (7 * 9 + 2 * 2 * (c.res_blocks + 1))
+        return per_pixel * pixels_in_hand(width, height, self.tiles if tiled else None)
 
 
 def check_input(name: str, x: Tensor, channels: int, want: str) -> None:

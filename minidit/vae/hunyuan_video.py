@@ -243,16 +243,16 @@ class HunyuanVAE(nn.Module):
         z = (latents / self.config.scale).to(self.post_quant.weight.dtype)
         return in_time(code, z, length // self.time_stride, length)
 
-    def activation_bytes(self, width: int, height: int, num_frames: int) -> int:
-        """An estimate for decoding, in half precision: one tile, a row of finished ones, and the video.
+    def activation_bytes(self, width: int, height: int, num_frames: int, item: int) -> int:
+        """An estimate for decoding: one tile of space, and two of time that are finished.
 
         The fullest moment of a tile: three tensors of the last level, of which one has the width of the level
-        before it.
+        before it. item: bytes of the dtype
         """
         c = self.config
         frames = min(num_frames, c.tile_frames + 1)
         tile = min(width, c.tile) * min(height, c.tile) * frames
-        return 2 * tile * (c.widths[1] + 2 * c.widths[0]) + 2 * 3 * width * height * (frames + num_frames)
+        return item * (tile * (c.widths[1] + 2 * c.widths[0]) + 2 * 3 * width * height * frames)
 
     def check_video(self, video: Tensor) -> None:
         if video.ndim != 5 or video.shape[1] != 3 or 0 in video.shape:

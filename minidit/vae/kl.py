@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minidit.attention import attention
 from minidit.presets import KLConfig
-from minidit.vae.tiles import Tiles, Watch, decode_bytes
+from minidit.vae.tiles import Tiles, Watch, pixels_in_hand
 
 TIME_EPS = 1e-5  # of the norms over time; those of single frames have config.eps
 TILE = 256  # pixels along each side, as in the release's config of diffusers' AutoencoderKL
@@ -238,8 +238,10 @@ class KLVAE(nn.Module):
         videos = [self.decoder(self.post_quant(video.transpose(0, 1))) for video in z]  # (T, 3, H, W) each
         return torch.stack([video.transpose(0, 1) for video in videos])
 
-    def activation_bytes(self, width: int, height: int, num_frames: int, *, tiled: bool = False) -> int:
-        """An estimate for decoding: fp32 maps of a chunk of a plane or tile, and the video."""
+    def activation_bytes(
+        self, width: int, height: int, num_frames: int, item: int, *, tiled: bool = False
+    ) -> int:
+        """An estimate for decoding: maps of a chunk of a plane or tile. item: bytes of the dtype"""
         maps = 8 if self.config.is_temporal else 6  # measured on a CPU
-        per_pixel = min(self.chunk, num_frames) * 4 * maps * self.config.widths[0]
-        return decode_bytes(width, height, num_frames, per_pixel, self.tiles if tiled else None)
+        per_pixel = item * min(self.chunk, num_frames) * maps * self.config.widths[0]
+        return per_pixel * pixels_in_hand(width, height, self.tiles if tiled else None)

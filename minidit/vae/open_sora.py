@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minidit.presets import KLConfig, OpenSoraVAEConfig
 from minidit.vae.kl import KLVAE
-from minidit.vae.tiles import Watch
+from minidit.vae.tiles import Tiles, Watch
 
 TIME_EPS = 1e-5  # of the norms over time; those of the image part have config.eps
 
@@ -217,6 +217,11 @@ class OpenSoraVAE(nn.Module):
         for part in [torch.cat(list(chunks), dim=2)] if tiled else chunks:
             yield from self.image.decode_stream(part, tiled=tiled, watch=watch)
 
+    @property
+    def tiles(self) -> Tiles:
+        """Of image latents."""
+        return self.image.tiles
+
     def frames_of(self, latent_frames: int) -> int:
         """The frames of so many latents: all that fit, but one latent alone is an image."""
         whole, rest = divmod(latent_frames, self.chunk)
@@ -226,13 +231,15 @@ class OpenSoraVAE(nn.Module):
         """The latents' mean and std, stacked: (2, C, 1, 1, 1), in fp32 whatever the weights are."""
         return torch.tensor((self.config.mean, self.config.std), device=device)[..., None, None, None]
 
-    def activation_bytes(self, width: int, height: int, num_frames: int, *, tiled: bool = False) -> int:
-        """An estimate for decoding: the larger of both parts, and the finished video.
+    def activation_bytes(
+        self, width: int, height: int, num_frames: int, item: int, *, tiled: bool = False
+    ) -> int:
+        """An estimate for decoding: the larger of both parts. item: bytes of the dtype
 
-        The part over time: twelve fp32 maps of a whole chunk, measured on a CPU.
+        The part over time: twelve maps of a whole chunk, measured on a CPU.
         """
-        image, c = self.image.activation_bytes(width, height, num_frames, tiled=tiled), self.config
-        return max(image, width // 8 * (height // 8) * 20 * c.time_base * 4 * 12)
+        image, c = self.image.activation_bytes(width, height, num_frames, item, tiled=tiled), self.config
+        return max(image, width // 8 * (height // 8) * 20 * c.time_base * item * 12)
 
 
 def sampled(mean: Tensor, logvar: Tensor, noise: Tensor | None) -> Tensor:

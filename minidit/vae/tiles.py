@@ -112,12 +112,12 @@ class Tiles:
         return tile, total
 
 
-def decode_bytes(width: int, height: int, num_frames: int, per_pixel: int, tiles: Tiles | None) -> int:
-    """An estimate of the memory that decoding takes, in tiles or, with None, whole.
+def pixels_in_hand(width: int, height: int, tiles: Tiles | None) -> int:
+    """Of the largest tile or, with None, of the plane."""
+    return tiles.cells(height, width)[0] if tiles else width * height
 
-    per_pixel: bytes for every pixel of the plane or tile in hand. The video counts in fp32, twice where tiles
-    overlap, and as finished frames; with tiles all of it lies in CPU memory.
-    """
-    plane = width * height
-    tile, pieces = tiles.cells(height, width) if tiles else (plane, plane)
-    return tile * per_pixel + num_frames * 3 * (4 * pieces + plane)
+
+def video_bytes(width: int, height: int, num_frames: int, item: int, tiles: Tiles | None) -> int:
+    """A decoded video in CPU memory: pixels of `item` bytes, more where tiles overlap, and frames."""
+    pieces = tiles.cells(height, width)[1] if tiles else width * height
+    return num_frames * 3 * (item * pieces + width * height)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minidit.attention import attention
 from minidit.presets import WanVAEConfig
-from minidit.vae.tiles import Tiles, Watch, decode_bytes
+from minidit.vae.tiles import Tiles, Watch, pixels_in_hand
 
 State = dict[nn.Module, Tensor]  # layer -> the last one or two frames of its input, (B, C, 1 or 2, H, W)
 TILE = 256  # pixels along each side, as in diffusers' AutoencoderKLWan; the original has no tiles
@@ -306,15 +306,17 @@ class WanVAE(nn.Module):
         cells = TILE // self.space_stride
         return Tiles((cells, cells), (TILE, TILE))
 
-    def activation_bytes(self, width: int, height: int, num_frames: int, *, tiled: bool = False) -> int:
-        """An estimate for decoding: fourteen fp32 maps of four frames of a plane or tile, and the video.
+    def activation_bytes(
+        self, width: int, height: int, num_frames: int, item: int, *, tiled: bool = False
+    ) -> int:
+        """An estimate for decoding: fourteen maps of four frames of a plane or tile.
 
         Measured on a CPU, where taps_as_channels takes most of it. At the last level every convolution keeps
-        two frames besides.
+        two frames besides. item: bytes of the dtype
         """
         c = self.config
-        per_pixel = 4 * c.base * (14 * 4 + 2 * (2 * (c.res_blocks + 1) + 1))
-        return decode_bytes(width, height, num_frames, per_pixel, self.tiles if tiled else None)
+        per_pixel = item * c.base * (14 * 4 + 2 * (2 * (c.res_blocks + 1) + 1))
+        return per_pixel * pixels_in_hand(width, height, self.tiles if tiled else None)
 
     def statistics(self, device: torch.device) -> Tensor:
         """The latents' mean and std, stacked: (2, C, 1, 1, 1), in fp32 whatever the weights are."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minidit.generate import find_class
 from minidit.presets import PRESETS
-from minidit.vae.tiles import Tiles, blend
+from minidit.vae.tiles import Tiles, blend, video_bytes
 from tests.tensors import randn, rel
 
 COGVIDEOX = Tiles((30, 45), (30, 45), (1 / 6, 1 / 5))
@@ -150,20 +150,28 @@ def test_cells_counts_the_largest_tile_and_all(height, width):
 
 
 @pytest.mark.parametrize(
-    "preset, part",
-    [("wan2.1-t2v-1.3b", "vae"), ("latte-1", "vae"), ("latte-1", "vae_2"), ("open-sora-1.2", "vae"),
-     ("cogvideox-5b", "vae")],
-)  # fmt: skip
-def test_an_estimate_counts_one_tile_and_all_finished_pieces(preset, part):
+    "preset, part, share",
+    [
+        ("wan2.1-t2v-1.3b", "vae", 0.1),
+        ("latte-1", "vae", 0.2),
+        ("latte-1", "vae_2", 0.1),
+        ("open-sora-1.2", "vae", 0.65),  # the part over time has no tiles
+        ("cogvideox-5b", "vae", 0.15),
+    ],
+)
+def test_an_estimate_counts_one_tile(preset, part, share):
     class_name, config = PRESETS[preset].components[part]
     with torch.device("meta"):
         vae = find_class(class_name)(config)
-    small, large = (240, 208, 9), (1280, 720, 9)
+    small, large = (240, 208, 17, 4), (1280, 720, 17, 4)
     assert vae.activation_bytes(*small, tiled=True) == vae.activation_bytes(*small)
-    whole, tiled = vae.activation_bytes(*large), vae.activation_bytes(*large, tiled=True)
-    assert tiled < 0.5 * whole
-    longer = vae.activation_bytes(1280, 720, 9 + 100, tiled=True) - vae.activation_bytes(
-        1280, 720, 9, tiled=True
-    )
-    if part == "vae":  # the temporal decoder's chunk grows with a video of fewer frames
-        assert 1280 * 720 * 3 * 4 < longer / 100 < 1280 * 720 * 3 * (4 * 2 + 1)
+    assert vae.activation_bytes(*large, tiled=True) < share * vae.activation_bytes(*large)
+    assert 2 * vae.activation_bytes(1280, 720, 17, 2) == vae.activation_bytes(*large)
+
+
+def test_the_video_is_counted_once_and_its_pieces_where_they_overlap():
+    tiles = Tiles((32, 32), (256, 256))
+    assert video_bytes(1280, 720, 10, 4, None) == 10 * 1280 * 720 * 3 * (4 + 1)
+    pieces = tiles.cells(720, 1280)[1]
+    assert video_bytes(1280, 720, 10, 4, tiles) == 10 * 3 * (4 * pieces + 1280 * 720)
+    assert 1280 * 720 < pieces < 2 * 1280 * 720
