@@ -125,18 +125,18 @@ def measure(
         "vae": vae.activation_bytes(*size, item, **({"tiled": True} if tiled else {})),
     }
     return Costs(
-        size,
-        tokens,
-        parameters,
-        sum(macs.values()),
-        by_sub,
-        held,
-        blocks,
-        activations,
-        text_bytes(model, family.text_len, run),
-        count_crosses(model) * text_macs(model, family.text_len),
-        decoder,
-        video_bytes(*size, item, vae.tiles if tiled else None),
+        size=size,
+        tokens=tokens,
+        parameters=parameters,
+        macs=sum(macs.values()),
+        macs_by_sub=by_sub,
+        weight_bytes=held,
+        block_bytes=blocks,
+        activation_bytes=activations,
+        text_bytes=text_bytes(model, family.text_len, run),
+        text_macs=count_crosses(model) * text_macs(model, family.text_len),
+        decoder=decoder,
+        video_bytes=video_bytes(*size, item, vae.tiles if tiled else None),
     )
 
 
@@ -212,15 +212,13 @@ class Footprint:
         ]
 
 
-def footprint(
-    parts: Parts, settings: Settings, cache: int = 0, *, layout: Layout = ALONE, keep_text: bool = True
-) -> Footprint:
+def footprint(parts: Parts, settings: Settings, cache: int = 0, *, layout: Layout = ALONE) -> Footprint:
     """What a video takes of memory, of the busiest rank. cache: bytes of its method, from cache_bytes()"""
     size = settings.width, settings.height, settings.num_frames
     branches = len(parts.find_family().branches(settings.cfg_scale))
     rows = branches // layout.cfg if settings.batched_guidance else 1
     costs = measure(parts, size, settings.dtype, settings.weights, rows, layout=layout, tiled=settings.tiled)
-    return Footprint(settings.device, costs, cache, keep_text * branches * costs.text_bytes)
+    return Footprint(settings.device, costs, cache, branches * costs.text_bytes)
 
 
 def cache_bytes(
@@ -237,7 +235,7 @@ def cache_bytes(
     family, model = parts.find_family(), build(*parts.components["transformer"])
     model.to(DTYPES[settings.dtype])
     branches = family.branches(settings.cfg_scale)
-    latent = family.latent_shape(settings.width, settings.height, settings.num_frames)
+    latent = family.latent_of(settings)
     with torch.inference_mode(), torch.device("meta"):
         text, noise = longest_text(model.config, family.text_len, len(branches)), torch.empty(1, *latent)
         context = family.prepare(model, text, settings)
@@ -350,7 +348,7 @@ def layout_of(parts: Parts, settings: Settings, ranks: int, mode: str) -> Layout
 def describe_share(parts: Parts, settings: Settings, costs: Costs, layout: Layout) -> str:
     """What the busiest rank has of a step."""
     family, subs = parts.find_family(), find_class(parts.components["transformer"][0]).subs
-    latent = family.latent_shape(settings.width, settings.height, settings.num_frames)
+    latent = family.latent_of(settings)
     tokens = most_tokens(layout, costs.tokens, frames_of(subs, latent))
     branches = len(family.branches(settings.cfg_scale)) // layout.cfg
     macs = branches * costs.macs * busiest_share(layout, family, subs, settings)

@@ -44,6 +44,10 @@ class Family(Protocol):
         """(C, T, H, W) of the latents of a video; a size that cannot be made is refused with the nearest."""
         ...
 
+    def latent_of(self, settings: Settings) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latents of a run."""
+        return self.latent_shape(settings.width, settings.height, settings.num_frames)
+
     def tokens(self, latent: tuple[int, int, int, int]) -> int:
         """Video tokens per branch."""
         ...
@@ -61,7 +65,7 @@ class Family(Protocol):
         """
         return model.prepare(
             text,
-            self.latent_shape(settings.width, settings.height, settings.num_frames)[1:],
+            self.latent_of(settings)[1:],
             branches=self.branches(settings.cfg_scale),
             attention=settings.attention,
             residual=DTYPES[settings.residual],

@@ -480,7 +480,7 @@ class Engine:
 
     def latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents."""
-        return self.family.latent_shape(settings.width, settings.height, settings.num_frames)
+        return self.family.latent_of(settings)
 
     def trace(self, settings: Settings, outcome: Outcome) -> dict:
         """The log of a run, ready for JSON (cache/trace.py)."""

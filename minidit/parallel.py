@@ -81,7 +81,7 @@ def find_layout(
     mode: str, ranks: int, family: Family, subs: Sequence[str], heads: int, settings: Settings
 ) -> Layout:
     """How ranks share a video; ValueError where they cannot. subs, heads: of the transformer's blocks"""
-    latent = family.latent_shape(settings.width, settings.height, settings.num_frames)
+    latent = family.latent_of(settings)
     places = family.tokens(latent) // frames_of(subs, latent)
     layout = choose_layout(mode, ranks, heads, len(family.branches(settings.cfg_scale)), places)
     check_levels(settings.cache, layout)
@@ -425,7 +425,7 @@ def largest_share(layout: Layout, tokens: int, frames: int, text: int) -> float:
 
 def busiest_share(layout: Layout, family: Family, subs: Sequence[str], settings: Settings) -> float:
     """largest_share of a video. subs: of the transformer's blocks"""
-    latent = family.latent_shape(settings.width, settings.height, settings.num_frames)
+    latent = family.latent_of(settings)
     text = 0 if "cross" in subs else family.text_len  # rows of h, which every rank has
     return largest_share(layout, family.tokens(latent), frames_of(subs, latent), text)
 
