@@ -25,6 +25,7 @@ compile() {
 memory() {
     bench memory --model demo
     bench memory --model wan2.1-t2v-14b --size 832x480
+    bench memory --model wan2.1-t2v-1.3b --size 832x480 --tiled
 }
 profile() {
     bench profile_step --preset wan2.1-t2v-14b --size 832x480

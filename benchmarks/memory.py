@@ -7,6 +7,7 @@ weights and activations of the stage, and the bytes of the cache's rings.
 
     python -m benchmarks.memory [--model demo] [--device cpu]
     python -m benchmarks.memory --model wan2.1-t2v-14b --size 832x480    # random weights; no text stage
+    python -m benchmarks.memory --model wan2.1-t2v-1.3b --size 832x480 --tiled
 """
 
 import argparse
@@ -22,11 +23,11 @@ import torch
 from benchmarks.common import PROMPTS, command_line, machine, table, write_results
 from benchmarks.models import find_subject, random_model, with_depth
 from minidit.cache.policies.mixcache import MixCache
-from minidit.costs import find_parts
-from minidit.costs import measure as predict
+from minidit.costs import find_parts, footprint, settings_of
 from minidit.families import find_family
 from minidit.flags import size as parse_size
 from minidit.generate import Engine, part_dtype
+from minidit.memory import keep_large_off_heap
 from minidit.presets import PRESETS, ScheduleConfig
 from minidit.sampling import denoise
 from minidit.schedules import make_schedule
@@ -74,6 +75,7 @@ def status_bytes(name: str) -> int:
 
 def run_stage(stage: str, args: argparse.Namespace) -> dict[str, int]:
     """Load what the stage needs and run it -> bytes at its peak, and what its store announced."""
+    keep_large_off_heap()  # as a run does
     torch.ones(64, 64, device=args.device) @ torch.ones(64, 64, device=args.device)  # loads the libraries
     peak = Peak(args.device)
     if stage == "text":
@@ -111,12 +113,12 @@ def decode(args: argparse.Namespace, peak: Peak) -> None:
     """The autoencoder with random weights: what it decodes does not matter here."""
     parts, size = find_parts(args.model), video_size(args)
     family = find_family(parts.family, {name: config for name, (_, config) in parts.components.items()})
-    class_name, config = parts.components["vae"]
+    class_name, config = parts.components[family.decoder(family.latent_shape(*size)[1])]
     dtype = part_dtype(class_name, DTYPES[args.dtype])
     vae = random_model(config, class_name, args.device, dtype)
     latents = torch.zeros(1, *family.latent_shape(*size), device=args.device)
     peak.reset()
-    for piece in vae.decode_stream(latents):
+    for piece in vae.decode_stream(latents, **({"tiled": True} if args.tiled else {})):
         piece.cpu()
 
 
@@ -139,22 +141,20 @@ def row_of(stage: str, found: dict[str, int], args: argparse.Namespace) -> dict[
     class_name, config = parts.components["transformer"]
     shallow = {"transformer": (class_name, with_depth(config, args.depth or config.depth))}
     parts = replace(parts, components=parts.components | shallow)
-    costs = predict(parts, video_size(args), args.dtype)
-    component = {"text": "text_encoder"}.get(stage, stage.split()[0])
-    weights, extra = costs.weight_bytes[component], costs.activation_bytes.get(component, 0)
-    d, text = parts.defaults, 0
-    if component == "transformer":
-        text = costs.text_bytes * len(parts.find_family().branches(d.true_cfg or d.guidance_scale))
-    predicted = weights + extra + text + found["cache"]
+    given = dict(zip(("width", "height", "num_frames"), video_size(args), strict=True))
+    given |= dict(dtype=args.dtype, device=args.device, weights="full", tiled=args.tiled)
+    stages = footprint(parts, settings_of(parts, args.model, given)).stages("parts")
+    name = {"text": "text", "vae": "decode"}.get(stage, "denoise")
+    (predicted,) = (each for each in stages if each.name == name)
     mib = lambda n: round(n / MIB, 1)
     return {
         "stage": stage,
         "peak_mib": mib(found["peak"]),
-        "weights_mib": mib(weights),
-        "activations_mib": mib(extra),
-        "text_mib": mib(text),
+        "weights_mib": mib(predicted.weights),
+        "activations_mib": mib(predicted.activations),
+        "text_mib": mib(predicted.text),
         "cache_mib": round(found["cache"] / MIB, 2),
-        "peak_over_prediction": round(found["peak"] / predicted, 2),
+        "peak_over_prediction": round(found["peak"] / (predicted.total + found["cache"]), 2),
     }
 
 
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--depth", type=int, help="fewer blocks, of a preset")
+    parser.add_argument("--tiled", action="store_true", help="decode tile by tile")
     parser.add_argument("--stage", choices=STAGES, help="run this one here and print its bytes")
     args = parser.parse_args()
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
@@ -177,7 +178,8 @@ def main() -> None:
     stages = STAGES if args.model == "demo" else STAGES[1:]
     rows = [row_of(stage, in_a_process(stage), args) for stage in stages]
     print(table(rows, COLUMNS) + f"\n\n{args.model} {args.dtype} · {machine()['card']}")
-    print(write_results(f"memory-{args.model}", command_line("memory"), rows, args.device))
+    name = f"memory-{args.model}{'-tiled' if args.tiled else ''}"
+    print(write_results(name, command_line("memory"), rows, args.device))
 
 
 if __name__ == "__main__":
