@@ -36,6 +36,7 @@ from minidit.cache.plan import (
     sub,
     window_rest,
 )
+from minidit.cache.profile import make_profile, methods_to_profile
 from minidit.cache.spec import make_policy, parse
 from minidit.compiled import CompiledBlock
 from minidit.exchange import Exchange
@@ -54,6 +55,7 @@ from minidit.parallel import (
     resolve_mode,
     share_out,
 )
+from minidit.profiles import write_profile
 from minidit.settings import Choices
 from minidit.video import read_video
 from tests.cache.families import BOTH, FAMILIES, TOKENS, Scripted, follow, forward_of, rel, rows_of
@@ -290,8 +292,9 @@ def test_attention_over_ragged_shares_is_attention_over_all(tmp_path):
 
 SIZES = {80: {}, 27: {"width": 48, "height": 48, "num_frames": 9}}  # by video tokens
 UNIFORM = "mixcache:impact=uniform,penalty=false,theta=0.5"
-RUNS = {  # by ranks: tokens that these do not divide, and steps that the shipped profiles are of
-    2: [(spec, 27, 12) for spec in ("none", UNIFORM, "fbcache:threshold=0.2", "fora")],
+PROFILED = ("unicp:threshold=E5", "teacache:threshold=0.3")
+RUNS = {  # by ranks: tokens that these do not divide, and of three, steps that the shipped profiles are of
+    2: [(spec, 27, 12) for spec in ("none", UNIFORM, "fbcache:threshold=0.2", "fora", *PROFILED)],
     3: [
         ("none", 80, 12),
         ("mixcache:eff:theta=profile", 80, 30),
@@ -302,8 +305,22 @@ RUNS = {  # by ranks: tokens that these do not divide, and steps that the shippe
 CASES = [(ranks, *run) for ranks, runs in RUNS.items() for run in runs]
 
 
-def open_demo(world: World | None = None) -> Engine:
-    return Engine("demo", device="cpu", keep_text_encoder=True, world=world)
+def open_demo(world: World | None = None, profiles: Path | None = None) -> Engine:
+    """profiles: a folder of some beside the model's own"""
+    engine = Engine("demo", device="cpu", keep_text_encoder=True, world=world)
+    engine.profile_folders += [profiles] if profiles else []
+    return engine
+
+
+@pytest.fixture(scope="module")
+def profiles(tmp_path_factory) -> Path:
+    """Of 27 tokens and 12 steps, for the methods that need one."""
+    folder, engine = tmp_path_factory.mktemp("profiles"), open_demo()
+    settings = settings_of(engine, "none", 27, 12)
+    for method in ("unicp", "teacache"):
+        (kind,) = methods_to_profile(method).values()
+        write_profile(folder, make_profile(kind, engine, settings, ["a red circle moves right"]))
+    return folder
 
 
 def settings_of(engine: Engine, spec: str, tokens: int, steps: int):
@@ -320,18 +337,18 @@ def denoised(engine: Engine, spec: str, tokens: int, steps: int):
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(profiles):
     """Every run on one rank."""
-    engine = open_demo()
+    engine = open_demo(profiles=profiles)
     return engine, {run: denoised(engine, *run) for runs in RUNS.values() for run in runs}
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, alone):
+def together(tmp_path_factory, alone, profiles):
     """Every run on ranks that share tokens."""
 
     def work(world):
-        engine = open_demo(world)
+        engine = open_demo(world, profiles)
         return {run: denoised(engine, *run) for run in RUNS[world.size]}
 
     return {ranks: on_ranks(ranks, work, tmp_path_factory.mktemp("ranks")) for ranks in RUNS}
