@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minidit.generate import DEMO
+from minidit.components import DEMO
 
 RESULTS = Path(__file__).parent / "results"
 # of those that nothing was fitted on (cache/profile.py has the others)

@@ -23,10 +23,12 @@ import torch
 from benchmarks.common import PROMPTS, command_line, machine, table, write_results
 from benchmarks.models import find_subject, random_model, with_depth
 from minidit.cache.policies.mixcache import MixCache
-from minidit.costs import find_parts, footprint, settings_of
+from minidit.components import part_dtype
+from minidit.costs import find_parts, footprint
 from minidit.families import find_family
 from minidit.flags import size as parse_size
-from minidit.generate import Engine, part_dtype
+from minidit.generate import Engine
+from minidit.inspection import settings_of
 from minidit.memory import keep_large_off_heap
 from minidit.presets import PRESETS, ScheduleConfig
 from minidit.sampling import denoise

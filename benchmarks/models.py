@@ -12,9 +12,10 @@ from minidit.cache.measure import Measurements
 from minidit.cache.plan import RUN_ALL
 from minidit.cache.policies.none import NoCache
 from minidit.cache.store import Store
+from minidit.components import find_class
 from minidit.families import find_family
 from minidit.flags import size as parse_size
-from minidit.generate import Engine, find_class
+from minidit.generate import Engine
 from minidit.models.open_sora import Video
 from minidit.presets import PRESETS, HunyuanVideoConfig, OpenSoraConfig, WanConfig, find_preset
 from minidit.sampling import Forward, draw_noise, guided_prediction

@@ -509,7 +509,7 @@ def caches(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     """Parameters, multiply-adds and memory of a model, without running it."""
-    from minidit.costs import report
+    from minidit.inspection import report
 
     size = args.width, args.height, args.num_frames
     options = dict(device=args.device, weights=args.weights or "full", cache=args.cache)

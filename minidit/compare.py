@@ -26,7 +26,8 @@ from minidit import __version__, metrics
 from minidit.cache.profile import SCENE_PROMPTS
 from minidit.cache.spec import fewer_steps, parse
 from minidit.cache.trace import acted
-from minidit.generate import DEMO, Engine
+from minidit.components import DEMO
+from minidit.generate import Engine
 from minidit.profiles import find_profile
 from minidit.settings import Choices, Settings, profile_match, set_threads
 from minidit.tune import tuned

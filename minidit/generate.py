@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
-from importlib import import_module
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ from minidit.cache.spec import fewer_steps, make_policy, parse
 from minidit.cache.trace import make_trace
 from minidit.checkpoint import Checkpoint
 from minidit.compiled import CompiledBlock
+from minidit.components import DEMO, build, find_class, part_dtype
+from minidit.costs import cache_bytes, footprint, parts_of, text_macs
 from minidit.families import find_family
 from minidit.memory import Peaks, Stage, check_offload, choose_offload, give_back_heap, readable
 from minidit.offload import OffloadedBlocks
@@ -60,25 +61,6 @@ from minidit.tensor_files import open_tensors
 from minidit.text.states import TextCache, hash_of, numerics, source_hash
 from minidit.video import to_frames, whole_file, write_video
 from minidit.weights import Component, fill, read_manifest, read_tensors
-
-DEMO = Path(__file__).parent / "demo"
-CLASSES = {  # class of a component -> the file that has it
-    "HunyuanVideo": "minidit.models.hunyuan_video",
-    "LlamaEncoder": "minidit.text.llama",
-    "CLIPText": "minidit.text.clip",
-    "HunyuanVAE": "minidit.vae.hunyuan_video",
-    "Wan": "minidit.models.wan",
-    "T5Encoder": "minidit.text.t5",
-    "WanVAE": "minidit.vae.wan",
-    "Latte": "minidit.models.latte",
-    "KLVAE": "minidit.vae.kl",
-    "OpenSora": "minidit.models.open_sora",
-    "OpenSoraVAE": "minidit.vae.open_sora",
-    "CogVideoX": "minidit.models.cogvideox",
-    "CogVideoXVAE": "minidit.vae.cogvideox",
-}
-ALWAYS_FP32 = ("WanVAE", "KLVAE", "OpenSoraVAE")  # as the originals run it: bf16 shows as banding
-FP16_FOR_BF16 = ("LlamaEncoder", "CLIPText", "HunyuanVAE")  # as the original runs them
 
 
 @dataclass(frozen=True)
@@ -255,12 +237,10 @@ class Engine:
 
     def cache_bytes(self, settings: Settings) -> int:
         """What the caching method keeps, on the busiest rank."""
-        from minidit import costs
-
         any_text = replace(settings, prompt="", negative_prompt="", seed=0)  # all videos of a prompt file
         if any_text not in self.kept:
-            parts, layout = costs.parts_of(self.manifest), self.layout(settings) or ALONE
-            self.kept[any_text] = costs.cache_bytes(parts, settings, *self.policy(settings), layout)
+            parts, layout = parts_of(self.manifest), self.layout(settings) or ALONE
+            self.kept[any_text] = cache_bytes(parts, settings, *self.policy(settings), layout)
         return self.kept[any_text]
 
     def fit(self, settings: Settings) -> None:
@@ -268,13 +248,11 @@ class Engine:
 
         The text's keys and values are made once for all steps unless the cache's budget has no room for them.
         """
-        from minidit import costs  # which builds upon this module
-
         kept = 0
         if settings.cache != "none" and (self.cache_budget is not None or self.device != "cpu"):
             kept = self.cache_bytes(settings)  # takes seconds, which a small run on a CPU does not have
-        layout, parts = self.layout(settings) or ALONE, costs.parts_of(self.manifest)
-        found = costs.footprint(parts, settings, kept, layout=layout)
+        layout, parts = self.layout(settings) or ALONE, parts_of(self.manifest)
+        found = footprint(parts, settings, kept, layout=layout)
         self.keeps_text = self.cache_budget is None or kept + found.text <= self.cache_budget
         if not self.keeps_text:
             more = found.costs.text_macs / found.costs.macs
@@ -484,8 +462,6 @@ class Engine:
 
     def trace(self, settings: Settings, outcome: Outcome) -> dict:
         """The log of a run, ready for JSON (cache/trace.py)."""
-        from minidit.costs import text_macs
-
         part, size = self.part("transformer"), self.latent_shape(settings)[1:]
         model = build(part.class_name, part.config)  # without weights: those may have been let go
         branches = self.family.branches(settings.cfg_scale)
@@ -519,26 +495,6 @@ class Engine:
         stream = self.family.decode(self, latents.to(self.device), tiled=tiled, watch=watch)
         for part in tqdm(stream, "decode", latents.shape[2], disable=not progress):
             yield to_frames(part[0], rounds=self.family.rounds_levels)
-
-
-def find_class(class_name: str) -> type[nn.Module]:
-    """The module class of a component; only its own file is imported."""
-    if class_name not in CLASSES:
-        raise ValueError(f"unknown component class {class_name!r}; this model folder is of a newer minidit")
-    return getattr(import_module(CLASSES[class_name]), class_name)
-
-
-def build(class_name: str, config: Any) -> nn.Module:
-    """The module of a component without its weights, on the meta device."""
-    with torch.device("meta"):
-        return find_class(class_name)(config)
-
-
-def part_dtype(class_name: str, run: torch.dtype) -> torch.dtype:
-    """The dtype that a component's weights are loaded in, its keep_fp32 ones aside."""
-    if class_name in FP16_FOR_BF16 and run == torch.bfloat16:
-        return torch.float16
-    return torch.float32 if class_name in ALWAYS_FP32 else run
 
 
 def save_latents(path: str | Path, latents: Tensor, settings: Settings, trace: dict | None = None) -> None:

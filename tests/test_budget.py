@@ -5,6 +5,7 @@ from math import inf
 import pytest
 import torch
 
+from minidit import generate
 from minidit.__main__ import main
 from minidit.budget import within_budget
 from minidit.cache.plan import Plan
@@ -123,10 +124,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded():
 
 
 def test_a_budget_of_many_videos_is_found_once(monkeypatch):
-    from minidit import costs
-
-    calls, count = [], costs.cache_bytes
-    monkeypatch.setattr(costs, "cache_bytes", lambda *args: calls.append(1) or count(*args))
+    calls, count = [], generate.cache_bytes
+    monkeypatch.setattr(generate, "cache_bytes", lambda *args: calls.append(1) or count(*args))
     engine = Engine("demo", device="cpu", cache_budget=10 * 2**20)
     for seed, prompt in enumerate((PROMPT, "a blue star", "a green square")):
         engine.resolve(prompt, Choices(steps=8, cache="fora", seed=seed))

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from minidit import __version__
 from minidit.__main__ import main, slug
-from minidit.generate import DEMO, Engine, load_latents
+from minidit.components import DEMO
+from minidit.generate import Engine, load_latents
 from minidit.presets import PRESETS
 from minidit.video import read_settings, read_video
 

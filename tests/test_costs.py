@@ -4,8 +4,10 @@ import shutil
 
 import pytest
 
-from minidit.costs import find_parts, footprint, measure, report, settings_of
-from minidit.generate import DEMO, Engine
+from minidit.components import DEMO
+from minidit.costs import find_parts, footprint, measure
+from minidit.generate import Engine
+from minidit.inspection import report, settings_of
 from minidit.memory import HEAP
 from minidit.presets import PRESETS
 from minidit.settings import Choices

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 import minidit
 from minidit.__main__ import main
-from minidit.generate import DEMO, Engine, load_latents, save_latents
+from minidit.components import DEMO
+from minidit.generate import Engine, load_latents, save_latents
 from minidit.settings import Choices, Settings
 from minidit.video import read_settings, read_video, to_frames
 from tests.tensors import rel

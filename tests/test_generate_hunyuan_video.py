@@ -13,7 +13,8 @@ from torch import Tensor
 
 from minidit.__main__ import main
 from minidit.cache.seam import BlockCache
-from minidit.generate import Engine, part_dtype
+from minidit.components import part_dtype
+from minidit.generate import Engine
 from minidit.sampling import draw_noise
 from minidit.settings import Choices
 from minidit.video import read_settings, read_video, to_frames

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from minidit.cache.profile import profile_unicp
 from minidit.cache.seam import BlockCache
-from minidit.generate import DEMO, Engine
+from minidit.components import DEMO
+from minidit.generate import Engine
 from minidit.models.latte import Latte
 from minidit.presets import Defaults, KLConfig, LatteConfig, ScheduleConfig, T5Config
 from minidit.profiles import write_profile

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minidit.cache.profile import profile_unicp
 from minidit.cache.seam import BlockCache
-from minidit.generate import DEMO, Engine
+from minidit.components import DEMO
+from minidit.generate import Engine
 from minidit.models.open_sora import OpenSora
 from minidit.presets import Defaults, OpenSoraConfig, OpenSoraVAEConfig, ScheduleConfig, T5Config
 from minidit.profiles import write_profile

@@ -42,6 +42,7 @@ LAYERS = {
     "minidit.layers": TENSORS,
     "minidit.attention": (*TENSORS, "minidit.attention_table", "minidit.exchange", "minidit.layers"),
     "minidit.errors": (),
+    "minidit.components": ("torch",),  # which imports a component's own file by name
     "minidit.tensor_files": ("safetensors",),
     "minidit.(weights|schedules)": ("minidit.presets", "minidit.(tensor_files|memory)", *TENSORS),
     "minidit.quantize": ("minidit.layers", "torch"),

@@ -33,7 +33,8 @@ from sentencepiece import SentencePieceProcessor
 
 from minidit.__main__ import main
 from minidit.cache.spec import METHODS, make_policy, parse
-from minidit.generate import DEMO, Choices, Engine
+from minidit.components import DEMO
+from minidit.generate import Choices, Engine
 from tests.cache.test_matrix import make_wan
 
 SMALL = Choices(width=16, height=16, num_frames=1, steps=6)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minidit.generate import DEMO, build
+from minidit.components import DEMO, build
 from minidit.memory import give_back_heap, in_use
 from minidit.presets import find_preset
 from minidit.weights import Component, Entry, Manifest, _header, read_manifest, write_model_folder

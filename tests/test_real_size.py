@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minidit.generate import DEMO
+from minidit.components import DEMO
 from minidit.video import read_settings, read_video
 from minidit.weights import Entry, read_manifest, write_tensors
 from tests.weights_convert.tiny import LAYOUTS, save_original

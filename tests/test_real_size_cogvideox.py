@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidit.generate import DEMO
+from minidit.components import DEMO
 from minidit.video import read_settings, read_video
 from minidit.weights import Entry, read_manifest, write_tensors
 from tests.test_real_size import MIB, folder, peak_of, random  # noqa: F401  a fixture is among them

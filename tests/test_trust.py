@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from minidit.__main__ import main
+from minidit.components import DEMO
 from minidit.errors import printable
-from minidit.generate import DEMO, Choices, Engine, save_latents
+from minidit.generate import Choices, Engine, save_latents
 from minidit.profiles import Profile, write_profile
 from minidit.settings import profile_match
 from minidit.tensor_files import check_header

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from minidit.generate import DEMO
+from minidit.components import DEMO
 from minidit.models.cogvideox import CogVideoX
 from minidit.presets import CogVideoXConfig, CogVideoXVAEConfig, Defaults, ScheduleConfig, T5Config
 from minidit.text.t5 import T5Encoder

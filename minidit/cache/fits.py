@@ -25,7 +25,8 @@ from minidit.cache.policies.teacache import SIGNALS, TeaCache
 from minidit.cache.policies.teacache_polynomials import polynomial
 from minidit.cache.store import make_store
 from minidit.checkpoint import Checkpoint
-from minidit.generate import Engine, find_class
+from minidit.components import find_class
+from minidit.generate import Engine
 from minidit.profiles import Profile
 from minidit.sampling import guided_prediction, noise_source, site_shapes
 from minidit.settings import Settings, profile_match

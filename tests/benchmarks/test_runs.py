@@ -14,7 +14,7 @@ from benchmarks import common, end_to_end, memory, profile_step, startup
 from benchmarks.models import demo_subject
 
 DEMO = argparse.Namespace(
-    model="demo", size=(None, None), num_frames=None, dtype="fp32", device="cpu", depth=None
+    model="demo", size=(None, None), num_frames=None, dtype="fp32", device="cpu", depth=None, tiled=False
 )
 
 

@@ -10,7 +10,8 @@ import torch
 
 from minidit.cache.trace import write_trace
 from minidit.checkpoint import checkpoint_path, save_checkpoint
-from minidit.generate import DEMO, Choices, Engine, save_latents
+from minidit.components import DEMO
+from minidit.generate import Choices, Engine, save_latents
 from minidit.profiles import Profile, write_profile
 from minidit.settings import profile_match
 from minidit.video import SUFFIXES, write_video

@@ -153,7 +153,7 @@ def test_macs_count_every_linear_and_both_products_of_attention(model):
 
 def test_the_release_has_2143_tmac_at_544p():
     """The figure of several papers, for 129 frames: 33 x 68 x 120 latents."""
-    from minidit.generate import build
+    from minidit.components import build
     from minidit.presets import PRESETS
 
     macs = build(*PRESETS["hunyuan-video"].components["transformer"]).macs((33, 68, 120), 256)

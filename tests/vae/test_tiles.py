@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minidit.generate import find_class
+from minidit.components import find_class
 from minidit.presets import PRESETS
 from minidit.vae.tiles import Tiles, blend, video_bytes
 from tests.tensors import randn, rel

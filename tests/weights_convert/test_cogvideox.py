@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minidit.generate import DEMO, Engine
+from minidit.components import DEMO
+from minidit.generate import Engine
 from minidit.presets import PRESETS
 from tests.weights_convert.tiny import LAYOUTS, save_sharded
 from weights_convert.convert import convert

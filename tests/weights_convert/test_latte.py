@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minidit.generate import DEMO, Engine
+from minidit.components import DEMO
+from minidit.generate import Engine
 from minidit.presets import PRESETS
 from tests.recordings.base import open_recording
 from tests.recordings.latte import kl_vae, latte_transformer, t5_encoder
