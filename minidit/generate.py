@@ -44,7 +44,7 @@ from minidit.parallel import (
 )
 from minidit.profiles import blamed_on, find_profile
 from minidit.quantize import check_weights, quantize_blocks, quantized
-from minidit.sampling import Forward, Outcome, Record, denoise, noise_source
+from minidit.sampling import Forward, NoiseSource, Outcome, Record, denoise
 from minidit.schedules import MaskedSchedule
 from minidit.settings import (
     BATCHED_TOKENS,
@@ -406,7 +406,7 @@ class Engine:
         wants(steps done) says so; a checkpoint holds what the next step overwrites
         """
         forward = replace(self.forward(settings, text), probe=probe)
-        draw, schedule = noise_source(settings.seed), self.family.schedule(settings)
+        draw, schedule = NoiseSource(settings.seed), self.family.schedule(settings)
         noise = draw((1, *self.latent_shape(settings))).to(self.device)
         if (given := self.family.given(self, settings, noise, draw)) is not None:
             noise, schedule = given.latents, MaskedSchedule(schedule, given.mask)

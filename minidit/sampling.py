@@ -124,13 +124,8 @@ class Forward:
         return {name: self.model.state_shape(self.block_context.select((name,))) for name in self.branches}
 
 
-def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """The starting noise of a video."""
-    return noise_source(seed)(shape)
-
-
 class NoiseSource:
-    """Draws one tensor of noise after the other, from a shape each.
+    """All the noise of a video: one tensor after the other, from a shape each.
 
     Always on the CPU in fp32, so that a seed means the same on every device.
     """
@@ -142,9 +137,9 @@ class NoiseSource:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float32)
 
 
-def noise_source(seed: int) -> NoiseSource:
-    """All the noise of a video."""
-    return NoiseSource(seed)
+def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """The starting noise of a video."""
+    return NoiseSource(seed)(shape)
 
 
 def predict(
@@ -328,7 +323,7 @@ def denoise(
     """
     steps = schedule.steps(guidance_scale)
     if schedule.needs_noise and draw is None:
-        raise ValueError(f"{schedule.solver} adds fresh noise at every step; pass draw=noise_source(seed)")
+        raise ValueError(f"{schedule.solver} adds fresh noise at every step; pass draw=NoiseSource(seed)")
     blocks, part = forward.model.blocks, forward.part
     needs = policy.reset(run_info(forward, steps, family, preset))
     store = make_store(needs, forward.branches_here, site_shapes(forward, noise), noise.device, constants)

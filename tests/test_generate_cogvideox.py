@@ -13,7 +13,7 @@ from minidit.cache.seam import BlockCache
 from minidit.families import find_family
 from minidit.generate import Engine, save_latents
 from minidit.presets import PRESETS
-from minidit.sampling import noise_source
+from minidit.sampling import NoiseSource
 from minidit.schedules import dynamic_guidance
 from minidit.settings import Choices
 from minidit.text.tokenizers import SentencePiece
@@ -42,7 +42,7 @@ def plain_run(engine: Engine, **options) -> Tensor:
     """The same latents by a loop that knows no cache and no engine."""
     settings = engine.resolve(PROMPT, Choices(**options))
     model, forward = engine.module("transformer"), engine.forward(settings, engine.encode(settings))
-    schedule, draw = engine.family.schedule(settings), noise_source(settings.seed)
+    schedule, draw = engine.family.schedule(settings), NoiseSource(settings.seed)
     x, state = draw((1, *engine.latent_shape(settings))), schedule.start()
     for step in schedule.steps(settings.guidance_scale):
         h, cond = model.embed(x.expand(2, -1, -1, -1, -1), torch.full((2,), step.t), forward.context)

@@ -15,7 +15,7 @@ from minidit.generate import Engine
 from minidit.models.open_sora import OpenSora
 from minidit.presets import Defaults, OpenSoraConfig, OpenSoraVAEConfig, ScheduleConfig, T5Config
 from minidit.profiles import write_profile
-from minidit.sampling import draw_noise, noise_source
+from minidit.sampling import NoiseSource, draw_noise
 from minidit.settings import Choices
 from minidit.text.t5 import T5Encoder
 from minidit.vae.open_sora import OpenSoraVAE
@@ -146,7 +146,7 @@ def test_a_kept_picture_is_the_first_latent_frame_to_the_bit(engine, tmp_path):
     prompt = asking(path, "0")
     settings = engine.resolve(prompt, Choices())
     given = []
-    for source in (noise_source(0), lambda shape: torch.zeros(shape)):
+    for source in (NoiseSource(0), lambda shape: torch.zeros(shape)):
         noise = source((1, *engine.latent_shape(settings)))
         given.append(engine.family.given(engine, settings, noise, source))
     drawn, mean = given

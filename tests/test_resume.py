@@ -30,7 +30,7 @@ from minidit.checkpoint import (
     save_checkpoint,
 )
 from minidit.generate import Engine, load_latents, save_latents
-from minidit.sampling import Record, Snapshot, noise_source
+from minidit.sampling import NoiseSource, Record, Snapshot
 from minidit.schedules import State, Step
 from minidit.settings import Choices, Settings
 from minidit.stopping import Stopped, on_signals
@@ -484,7 +484,7 @@ def test_a_policy_that_plans_otherwise_now_is_refused(engine):
 
 def test_a_checkpoint_comes_back_to_the_bit(engine):
     settings = engine.resolve(PROMPT, Choices())
-    x, draw = torch.randn(1, 8, 5, 8, 8, generator=torch.Generator().manual_seed(0)), noise_source(3)
+    x, draw = torch.randn(1, 8, 5, 8, 8, generator=torch.Generator().manual_seed(0)), NoiseSource(3)
     draw((5,))
     measure = Measure(GUIDED, norm="moments")
     values = {measure: (0.1, 1 / 3), Measure(h(2)): float("inf")}
@@ -502,7 +502,7 @@ def test_a_checkpoint_comes_back_to_the_bit(engine):
     for key, ring in rings.items():
         assert torch.equal(back.snapshot.rings[key].slots, ring.slots)
         assert back.snapshot.rings[key].pushed == ring.pushed
-    again = noise_source(8)
+    again = NoiseSource(8)
     again.generator.set_state(back.generator)
     assert torch.equal(again((7,)), draw((7,)))
 

@@ -94,7 +94,7 @@ def test_noise_that_is_missing_or_too_much_is_refused():
     model = tiny("5b")
     context = model.prepare([randn(12, 24)], (1, 2, 2))
     with pytest.raises(
-        ValueError, match=r"dpm adds fresh noise at every step; pass draw=noise_source\(seed\)"
+        ValueError, match=r"dpm adds fresh noise at every step; pass draw=NoiseSource\(seed\)"
     ):
         denoise(
             Forward(model, context, True),

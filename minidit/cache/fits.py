@@ -28,7 +28,7 @@ from minidit.checkpoint import Checkpoint
 from minidit.components import find_class
 from minidit.generate import Engine
 from minidit.profiles import Profile
-from minidit.sampling import guided_prediction, noise_source, site_shapes
+from minidit.sampling import NoiseSource, guided_prediction, site_shapes
 from minidit.settings import Settings, profile_match
 
 Curve = list[tuple[float, float]]  # (x, y) by step
@@ -279,7 +279,7 @@ class Calibration:
         self.schedule = engine.family.schedule(settings)
         self.steps = self.schedule.steps(settings.cfg_scale)
         shape = engine.latent_shape(settings)
-        self.draw = noise_source(settings.seed)
+        self.draw = NoiseSource(settings.seed)
         self.x = self.draw((1, *shape)).to(engine.device)
         self.modules = [(block, name) for block in range(len(self.forward.model.blocks)) for name in names]
         rows = self.forward.shapes["cond"][0][1]

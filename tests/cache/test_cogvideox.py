@@ -21,7 +21,7 @@ from minidit.cache.seam import run_block
 from minidit.cache.store import make_store
 from minidit.generate import Engine
 from minidit.profiles import write_profile
-from minidit.sampling import Forward, denoise, noise_source
+from minidit.sampling import Forward, NoiseSource, denoise
 from minidit.schedules import make_table_schedule
 from minidit.settings import Choices
 from minidit_kernels.qk_norm_rope import rope
@@ -68,11 +68,11 @@ def test_mixcache_equals_a_hand_unrolled_run(kind, config, options, is_batched):
     # random weights: steps are far apart
     common = {"theta": 100.0, "delta": (0.3, 0.6), "intervals": (5, 5, 4), **options}
     want, modes = mixcache_reference(
-        forward, schedule, noise, 6.0, impact=IMPACT, candidates=(1, 3), draw=noise_source(9), **common
+        forward, schedule, noise, 6.0, impact=IMPACT, candidates=(1, 3), draw=NoiseSource(9), **common
     )
     assert {mode.split()[0] for mode in modes} == {"full", "step", "cfg", "block"}
     policy = MixCache(profile={"impact": IMPACT}, blocks=(1, 3), **common)
-    run = denoise(forward, schedule, noise, policy, guidance_scale=6.0, draw=noise_source(9))
+    run = denoise(forward, schedule, noise, policy, guidance_scale=6.0, draw=NoiseSource(9))
     assert [record.plan.label for record in run.records] == modes
     assert rel(run.latents, want) <= REL
 
@@ -81,7 +81,7 @@ def test_with_dynamic_guidance_a_repeated_step_is_guided_anew():
     forward, noise = run_of("5b")
     schedule = make_table_schedule(DPM, STEPS)
     policy = MixCache(theta=100.0, impact="uniform", levels=("step",), penalty=False, interval=4, blocks=(1,))
-    run = denoise(forward, schedule, noise, policy, guidance_scale=6.0, draw=noise_source(9))
+    run = denoise(forward, schedule, noise, policy, guidance_scale=6.0, draw=NoiseSource(9))
     steps = [record for record in run.records if record.plan.label == "step"]
     assert len(steps) > 6 and all(record.plan.fill and record.plan.output is None for record in steps)
 

@@ -20,7 +20,7 @@ from minidit.models.latte import Latte
 from minidit.models.open_sora import OpenSora
 from minidit.models.wan import Wan
 from minidit.presets import ScheduleConfig
-from minidit.sampling import Forward, Outcome, denoise, noise_source
+from minidit.sampling import Forward, NoiseSource, Outcome, denoise
 from minidit.schedules import Schedule, TableSchedule, make_schedule, make_table_schedule
 from tests import tiny_cogvideox, tiny_hunyuan_video
 from tests.models import test_latte, test_open_sora, test_wan
@@ -51,7 +51,7 @@ class Small:
             policy,
             guidance_scale=GUIDANCE,
             family=self.family,
-            draw=noise_source(9),
+            draw=NoiseSource(9),
         )
 
     @cached_property
