@@ -24,7 +24,7 @@ from minidit.cache.plan import Policy, RunInfo
 from minidit.cache.policies.replay import Replay
 from minidit.cache.seam import Probe
 from minidit.cache.spec import fewer_steps, make_policy, parse
-from minidit.cache.trace import make_trace
+from minidit.cache.trace import closing_line, make_trace
 from minidit.checkpoint import Checkpoint
 from minidit.compiled import CompiledBlock
 from minidit.components import DEMO, build, find_class, part_dtype
@@ -527,11 +527,18 @@ def load_latents(path: str | Path) -> tuple[Tensor, Settings]:
 
 
 def load_trace(path: str | Path) -> dict:
-    """The trace that lies beside the latents of a run."""
+    """The trace that lies beside the latents of a run; one line where it is damaged."""
     with safe_open(path, "pt") as file:
         if "trace" not in (metadata := file.metadata()):
             raise ValueError(f"{path} holds no trace; use it with python -m minidit decode {path}")
-        return json.loads(metadata["trace"])
+        try:
+            trace = json.loads(metadata["trace"])
+            closing_line(trace)  # finds there what a finished run says
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} holds a damaged trace ({error!r:.60}); use it with python -m minidit decode {path}"
+            ) from None
+        return trace
 
 
 class Stopwatch:

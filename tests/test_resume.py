@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minidit.__main__ import main
 from minidit.cache.plan import GUIDED, REUSE, Gate, Measure, Need, Plan, Run, h
@@ -560,3 +561,18 @@ def test_latents_hold_the_trace_of_their_run(capsys, monkeypatch):
     assert load_latents(LATENTS)[1].steps == 8
     assert generate(*SMALL, "--output", "v.npz", "--resume", "--trace", "t.json") == 0
     assert "going on after step 8 of 8" in capsys.readouterr().out and len(steps_of("t.json")) == 8
+
+
+@pytest.mark.parametrize("trace", [{"version": 1}, {"settings": 7, "total": {}}, []])
+def test_latents_with_a_damaged_trace_are_for_decode_too(capsys, trace):
+    stop_after(3)
+    settings = Settings(**find(Path("v.npz")).settings)
+    save_latents(LATENTS, load_checkpoint(CHECKPOINT, settings).snapshot.x, settings)
+    data = load_file(LATENTS)
+    text = {"settings": json.dumps(asdict(settings)), "trace": json.dumps(trace)}
+    save_file(data, LATENTS, text)
+    capsys.readouterr()
+    assert generate(*SMALL, "--output", "v.npz", "--resume") == 2
+    line = capsys.readouterr().err
+    assert f"{LATENTS} holds a damaged trace" in line and line.count("\n") == 1
+    assert main(["decode", str(LATENTS), "--output", "v.npz", "--quiet"]) == 0

@@ -193,6 +193,7 @@ def cache(rng: Random, folder: Path, assets: Path) -> Case:
     parts = [name, rng.choice(("", "", "", *getattr(cls, "variants", {}), "x")), ",".join(pairs)]
     spec = ":".join(part for part in parts if part) + rng.choice(("", "", "", "", "+unicp", "+none", "+fora"))
     argv = ["generate", "a", *SAME, "--cache", spec, "--output", "out.npz", "--profiles", "profiles"]
+    argv += rng.choice(([], [], ["--cache-budget", rng.choice(("0", "1KiB", "20KiB", "1MiB"))]))
     return Case("cache", [*argv, "--allow-inert", "--steps", rng.choice(("1", "3", "3", "4"))])
 
 
@@ -461,6 +462,16 @@ def other(rng: Random, folder: Path, assets: Path) -> Case:
                 ["caches", rng.choice((*METHODS, "", "x", "x.py:Y", "\0.py:Z", "a:b"))],
                 ["inspect", "--model", value],
                 ["inspect", "--model", value, "--size", size],
+                [
+                    "inspect",
+                    "--ranks",
+                    rng.choice((*NUMBERS, "6", "40", "1000")),
+                    "--parallel",
+                    rng.choice(("auto", "ulysses", "cfg", "ulysses+cfg", "data", "", "x")),
+                    "--cache",
+                    rng.choice(FLAGS["--cache"]),
+                    *rng.choice(([], ["--tiled"], ["--model", "hunyuan-video", "--tiled"])),
+                ],
                 [
                     "inspect",
                     "--num-frames",
