@@ -30,7 +30,7 @@ from minidit.compiled import CompiledBlock
 from minidit.components import DEMO, build, find_class, part_dtype
 from minidit.costs import cache_bytes, footprint, parts_of, text_macs
 from minidit.families import find_family
-from minidit.memory import Peaks, Stage, check_offload, choose_offload, give_back_heap, readable
+from minidit.memory import Peaks, Stage, check_offload, choose_offload, give_back_heap, in_use, readable
 from minidit.offload import OffloadedBlocks
 from minidit.parallel import (
     ALONE,
@@ -261,6 +261,8 @@ class Engine:
                 f"every block makes its own at every step, {more:.1%} more multiply-adds"
             )
             found = replace(found, text=0)
+        if not self.modules:  # what predicting has imported, 0.15 GiB with a budget for caches, is no tensor
+            self.peaks.base = in_use(self.device)
         stages = partial(found.stages, stays=self.family.encoders if self.keep_text_encoder else ())
         held, self.stages = choose_offload(stages, self.offload, device=self.device, base=self.peaks.base)
         if held != self.held and "blocks" in (held, self.held):

@@ -137,8 +137,9 @@ def frames_of(path: Path) -> np.ndarray:
     return np.load(path)["frames"]
 
 
-def test_the_embedded_model_takes_what_was_predicted(tmp_path):
-    stages, _ = generated(tmp_path, "--steps", "2")
+@pytest.mark.parametrize("flags", [[], ["--cache", "fora", "--cache-budget", "3MiB"]], ids=["", "budget"])
+def test_the_embedded_model_takes_what_was_predicted(tmp_path, flags):
+    stages, _ = generated(tmp_path, "--steps", "4", *flags)
     assert set(stages) == {"text", "denoise", "decode"}
     for name, (predicted, measured) in stages.items():
         assert predicted == pytest.approx(measured, rel=0.1), name
