@@ -12,6 +12,7 @@ from minidit.cache.plan import Policy
 from minidit.cache.store import ring_bytes, ring_shapes
 from minidit.components import DEMO, build, part_dtype
 from minidit.families import Family, find_family
+from minidit.layers import hidden_copies
 from minidit.memory import HEAP, Stage
 from minidit.offload import SLOTS
 from minidit.parallel import (
@@ -94,6 +95,7 @@ def measure(
     *,
     layout: Layout = ALONE,
     tiled: bool = False,
+    device: str = "cuda",
 ) -> Costs:
     """Costs of a video of size (width, height, frames) in dtype.
 
@@ -118,7 +120,7 @@ def measure(
     decoder = family.decoder(latent[1])
     vae, item = built[decoder], types[decoder].itemsize
     activations = {
-        "transformer": step_bytes(model, frames_of(model.subs, latent), tokens, run, rows, layout),
+        "transformer": step_bytes(model, frames_of(model.subs, latent), tokens, run, rows, layout, device),
         "vae": vae.activation_bytes(*size, item, **({"tiled": True} if tiled else {})),
     }
     return Costs(
@@ -138,7 +140,7 @@ def measure(
 
 
 def step_bytes(
-    model: nn.Module, frames: int, tokens: int, run: torch.dtype, rows: int, layout: Layout
+    model: nn.Module, frames: int, tokens: int, run: torch.dtype, rows: int, layout: Layout, device: str
 ) -> int:
     """Activations of a step on the busiest of the ranks that share it.
 
@@ -146,7 +148,8 @@ def step_bytes(
     branches that run as one batch
     """
     here = most_tokens(layout, tokens, frames)
-    block = model.activation_bytes(rows * here, run.itemsize) + dequantised_bytes(model, run)
+    block = model.activation_bytes(rows * here, run.itemsize, hidden_copies(device, run))
+    block += dequantised_bytes(model, run)
     if layout.ulysses == 1:
         return block
     state = rows * model.config.width * run.itemsize  # of one token
@@ -214,7 +217,8 @@ def footprint(parts: Parts, settings: Settings, cache: int = 0, *, layout: Layou
     size = settings.width, settings.height, settings.num_frames
     branches = len(parts.find_family().branches(settings.cfg_scale))
     rows = branches // layout.cfg if settings.batched_guidance else 1
-    costs = measure(parts, size, settings.dtype, settings.weights, rows, layout=layout, tiled=settings.tiled)
+    how = dict(layout=layout, tiled=settings.tiled, device=settings.device)
+    costs = measure(parts, size, settings.dtype, settings.weights, rows, **how)
     return Footprint(settings.device, costs, cache, branches * costs.text_bytes)
 
 

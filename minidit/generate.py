@@ -248,9 +248,9 @@ class Engine:
 
         The text's keys and values are made once for all steps unless the cache's budget has no room for them.
         """
-        kept = 0
-        if settings.cache != "none" and (self.cache_budget is not None or self.device != "cpu"):
-            kept = self.cache_bytes(settings)  # takes seconds, which a small run on a CPU does not have
+        is_quick = self.device == "cpu" and settings.is_small  # over before its cache is counted, in a second
+        is_counted = settings.cache != "none" and (self.cache_budget is not None or not is_quick)
+        kept = self.cache_bytes(settings) if is_counted else 0
         layout, parts = self.layout(settings) or ALONE, parts_of(self.manifest)
         found = footprint(parts, settings, kept, layout=layout)
         self.keeps_text = self.cache_budget is None or kept + found.text <= self.cache_budget

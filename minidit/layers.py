@@ -110,6 +110,24 @@ class TimeMlp(nn.Module):
         return self.down(F.silu(self.up(x.to(self.up.weight.dtype))))
 
 
+def block_bytes(
+    width: int, mlp_width: int, item: int, hidden: int, *, attention: int, mlp: int, forms: int = 2
+) -> int:
+    """Activations of a block per token where they take most, an estimate: in attention or in the MLP.
+
+    attention, mlp: tensors as wide as h that are alive there · forms: of these, how many have an fp32 form on
+    their way, in a shorter dtype · hidden: copies of the MLP's hidden layer, see hidden_copies · item: bytes
+    of the dtype
+    """
+    fp32 = 4 * forms if item < 4 else 0
+    return max(width * (attention * item + fp32), (mlp * width + hidden * mlp_width) * item)
+
+
+def hidden_copies(device: str, dtype: torch.dtype) -> int:
+    """Of an MLP's hidden layer: before and after GELU, where that is not a part of the product (Linear)."""
+    return 1 if device == "cpu" and dtype in ONEDNN_DTYPES else 2
+
+
 def modulation_table(rows: int, width: int) -> Tensor:
     """Start values of variance 1/D; uniform, as a normal draw is slow on the meta device."""
     bound = (3 / width) ** 0.5

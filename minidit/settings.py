@@ -50,6 +50,11 @@ class Settings:
     minidit: str = __version__
 
     @property
+    def is_small(self) -> bool:
+        """So small a video that a step on a CPU takes well below a second."""
+        return self.width * self.height * self.num_frames <= SMALL_PIXELS
+
+    @property
     def cfg_scale(self) -> float:
         """Of classifier-free guidance, with its second branch; 1 is without."""
         return self.true_cfg or self.guidance_scale
@@ -98,8 +103,7 @@ def set_threads(settings: Settings) -> None:
     1296.
     A number in OMP_NUM_THREADS is left alone. python -m benchmarks.step --device cpu --threads 2 measures it.
     """
-    pixels = settings.width * settings.height * settings.num_frames
-    if settings.device == "cpu" and pixels <= SMALL_PIXELS and "OMP_NUM_THREADS" not in os.environ:
+    if settings.device == "cpu" and settings.is_small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 

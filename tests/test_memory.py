@@ -87,13 +87,15 @@ def test_converting_a_14b_release_takes_less_than_two_gib(folder, monkeypatch):
     assert size > 26 * GIB and peak < 2 * GIB
 
 
-def save_random(folder: Path) -> Path:
-    """A model folder with the 1.3B transformer, and the embedded model's text encoder and autoencoder."""
+def save_random(folder: Path, **changes) -> Path:
+    """A model folder with the 1.3B transformer, and the embedded model's text encoder and autoencoder.
+
+    changes: of the transformer's config
+    """
     demo = read_manifest(DEMO)
     narrow = demo.components["transformer"].config  # whose text encoder and autoencoder serve here
-    config = replace(
-        find_preset("wan2.1-t2v-1.3b").transformer, text_width=narrow.text_width, channels=narrow.channels
-    )
+    fits = {"text_width": narrow.text_width, "channels": narrow.channels}
+    config = replace(find_preset("wan2.1-t2v-1.3b").transformer, **fits, **changes)
     draw = torch.Generator().manual_seed(0)
     noise = torch.randn(2**20, generator=draw)
 
@@ -120,11 +122,12 @@ def tensors_of(path: Path) -> list[Entry]:
     return [Entry(n, tuple(t.shape), t.dtype, lambda t=t: (t,)) for n, t in load_file(path).items()]
 
 
-def generated(folder: Path, *flags: str) -> tuple[dict[str, tuple[float, float]], Path]:
+def generated(folder: Path, *flags: str, ranks: int = 1) -> tuple[dict[str, tuple[float, float]], Path]:
     """A run's predicted and measured MiB by stage, and its file."""
     output = folder / f"{len(list(folder.glob('*.npz')))}.npz"
-    command = [sys.executable, "-m", "minidit", "generate", "a red circle", "--quiet", "--no-text-cache"]
-    command += ["--output", str(output), "--device", "cpu", *flags]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "minidit", "generate", "a red circle", "--quiet"]
+    command += ["--no-text-cache", "--output", str(output), "--device", "cpu", *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     print(done.stdout.splitlines()[-1])
@@ -172,3 +175,19 @@ def test_a_1_3b_transformer_runs_in_every_kind_of_weights_within_its_prediction(
     predicted, measured = stages["decode"]  # without the transformer
     assert (frames_of(output) == frames["full"]).all()
     assert predicted == pytest.approx(measured, rel=0.1) and measured < 0.5 * 1024
+
+
+@pytest.mark.slow
+def test_activations_caches_and_shares_of_ranks_are_predicted(folder):
+    """Two wide blocks, whose activations take more than their weights."""
+    model = save_random(folder / "model", depth=2)
+    flags = ("--model", str(model), "--size", "512x384", "--num-frames", "17", "--dtype", "fp32")
+    peaks = {}
+    for ranks in (1, 2):
+        for cache in ("none", "fora"):
+            more = ("--cache", cache, "--steps", "2", "--allow-inert")
+            stages, _ = generated(folder, *flags, *more, ranks=ranks)
+            for name, (predicted, measured) in stages.items():
+                assert predicted == pytest.approx(measured, rel=0.1), (ranks, cache, name)
+            peaks[ranks, cache] = stages["denoise"][1]
+    assert peaks[1, "fora"] > 1.2 * peaks[1, "none"] and peaks[2, "fora"] < 0.9 * peaks[1, "fora"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minidit.attention import FULL, Backend, Full, Sliced, attend, merge_heads, split_heads
 from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.seam import BlockCache
-from minidit.layers import LayerNorm, Linear, Mlp, TimeMlp, timestep_sinusoid
+from minidit.layers import LayerNorm, Linear, Mlp, TimeMlp, block_bytes, timestep_sinusoid
 from minidit.presets import CogVideoXConfig
 from minidit_kernels.modulate import gated_residual, layer_norm
 
@@ -311,16 +311,15 @@ class CogVideoX(nn.Module):
         """Shape and dtype of one branch's h, and of every sub-module's output but for the dtype."""
         return (1, context.video_tokens + context.text.shape[1], self.config.width), context.residual
 
-    def activation_bytes(self, tokens: int, item: int) -> int:
+    def activation_bytes(self, tokens: int, item: int, hidden: int = 2) -> int:
         """An estimate of the fullest moment of a block.
 
-        In attention: h, its normed copy, qkv and the rotated q and k with their fp32 forms; in the MLP: h,
-        the normed copy and the hidden layer before and after GELU. item: bytes of the run's dtype
+        In attention: h, its normed copy, qkv and the rotated q and k; in the MLP: h, the normed copy and the
+        hidden layer. item, hidden: see layers.block_bytes
         """
         c = self.config
-        attention = c.width * (7 * item + 8)
-        mlp = 2 * c.width * item + 2 * c.mlp_width * item
-        return (tokens + c.text_len) * max(attention, mlp)
+        rows = tokens + c.text_len
+        return rows * block_bytes(c.width, c.mlp_width, item, hidden, attention=7, mlp=2)
 
     def macs(
         self, size: tuple[int, int, int], text_len: int, slice_width: int | None = None

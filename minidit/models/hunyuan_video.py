@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minidit.attention import FULL, AttnOp, Backend, Full, Sliced, attend, attention, merge_heads, split_heads
 from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.seam import BlockCache
-from minidit.layers import LayerNorm, Linear, Mlp, RMSNorm, TimeMlp, rope_axis
+from minidit.layers import LayerNorm, Linear, Mlp, RMSNorm, TimeMlp, block_bytes, rope_axis
 from minidit.presets import HunyuanVideoConfig
 from minidit_kernels.modulate import gated_residual, modulate
 from minidit_kernels.qk_norm_rope import Rope, like_heads
@@ -422,17 +422,15 @@ class HunyuanVideo(nn.Module):
         rows = len(context.rope[0]) + len(context.text[0])
         return (1, rows, self.config.width), context.residual
 
-    def activation_bytes(self, tokens: int, item: int) -> int:
+    def activation_bytes(self, tokens: int, item: int, hidden: int = 2) -> int:
         """An estimate of the fullest moment of a block.
 
-        In attention: h, its normed copy, qkv, the joined and the rotated q and k with their fp32 forms; in a
-        single block's MLP: h, the normed copy, what attention gave, and the hidden layer before and after
-        GELU. item: bytes of the run's dtype
+        In attention: h, its normed copy, qkv, the joined and the rotated q and k; in a single block's MLP: h,
+        the normed copy, what attention gave, and the hidden layer. item, hidden: see layers.block_bytes
         """
         c = self.config
-        attention = c.width * (10 * item + 8)
-        mlp = 3 * c.width * item + 2 * c.mlp_width * item
-        return (tokens + c.text_len) * max(attention, mlp)
+        rows = tokens + c.text_len
+        return rows * block_bytes(c.width, c.mlp_width, item, hidden, attention=10, mlp=3)
 
     def macs(
         self, size: tuple[int, int, int], text_len: int, slice_width: int | None = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minidit.attention import Backend, FoldableAttention, Text, TextAttention, take_text
 from minidit.cache.loop import Lane, run_blocks
 from minidit.cache.seam import BlockCache
-from minidit.layers import Linear, Mlp, TimeMlp, modulation_table, timestep_sinusoid
+from minidit.layers import Linear, Mlp, TimeMlp, block_bytes, modulation_table, timestep_sinusoid
 from minidit.presets import LatteConfig
 from minidit_kernels.modulate import gated_residual, modulate
 
@@ -253,14 +253,14 @@ class Latte(nn.Module):
         t, h, w = context.grid
         return getattr(self.blocks[0], sub).pattern_shape(t, h * w)
 
-    def activation_bytes(self, tokens: int, item: int) -> int:
+    def activation_bytes(self, tokens: int, item: int, hidden: int = 2) -> int:
         """An estimate of the fullest moment of a block.
 
         In attention: h, its normed copy, qkv and the output; in the MLP: h, the normed copy and the hidden
-        layer before and after GELU. item: bytes of the run's dtype
+        layer. item, hidden: see layers.block_bytes
         """
         c = self.config
-        return tokens * max(6 * c.width, 2 * c.width + 2 * c.mlp_width) * item
+        return tokens * block_bytes(c.width, c.mlp_width, item, hidden, attention=6, mlp=2, forms=0)
 
     def macs(
         self, size: tuple[int, int, int], text_len: int, slice_width: int | None = None

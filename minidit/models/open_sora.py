@@ -31,6 +31,7 @@ from minidit.layers import (
     Mlp,
     RMSNorm,
     TimeMlp,
+    block_bytes,
     modulation_table,
     rope_axis,
     timestep_sinusoid,
@@ -316,14 +317,14 @@ class OpenSora(nn.Module):
         t, h, w = context.grid
         return getattr(self.blocks[0], sub).pattern_shape(t, h * w)
 
-    def activation_bytes(self, tokens: int, item: int) -> int:
+    def activation_bytes(self, tokens: int, item: int, hidden: int = 2) -> int:
         """An estimate of the fullest moment of a block.
 
-        In attention: h, its normed copy, qkv and the normed q and k with their fp32 forms; in the MLP: h, the
-        normed copy and the hidden layer before and after GELU. item: bytes of the run's dtype
+        In attention: h, its normed copy, qkv and the normed q and k; in the MLP: h, the normed copy and the
+        hidden layer. item, hidden: see layers.block_bytes
         """
         c = self.config
-        return tokens * max(c.width * (7 * item + 8), (2 * c.width + 2 * c.mlp_width) * item)
+        return tokens * block_bytes(c.width, c.mlp_width, item, hidden, attention=7, mlp=2)
 
     def macs(
         self, size: tuple[int, int, int], text_len: int, slice_width: int | None = None
