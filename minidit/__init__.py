@@ -28,8 +28,8 @@ def load(
     model: a folder from `python -m weights_convert`, or "demo", the embedded model · device: cuda where there
     is one, else cpu · dtype: bf16 on a GPU, fp32 on a CPU · verify: also compare files with their sha256
     compile: the transformer's blocks, with torch.compile · weights: full, int8, fp8 or fp8-dynamic, of the
-    transformer's blocks · offload: auto, none, parts or blocks · cache_budget: most bytes that a caching
-    method may keep · text_cache: a folder that keeps prompts' text states; None keeps none
+    transformer's blocks · offload: auto, none, parts or blocks · cache_budget: most bytes that are kept from
+    step to step, see Engine · text_cache: a folder that keeps prompts' text states; None keeps none
     """
     from minidit.generate import Engine
 

@@ -248,7 +248,7 @@ class Engine:
 
         The text's keys and values are made once for all steps unless the cache's budget has no room for them.
         """
-        is_quick = self.device == "cpu" and settings.is_small  # over before its cache is counted, in a second
+        is_quick = self.device == "cpu" and settings.is_small  # counting its cache would take as long as it
         is_counted = settings.cache != "none" and (self.cache_budget is not None or not is_quick)
         kept = self.cache_bytes(settings) if is_counted else 0
         layout, parts = self.layout(settings) or ALONE, parts_of(self.manifest)

@@ -10,6 +10,7 @@ from minidit.__main__ import main
 from minidit.budget import within_budget
 from minidit.cache.plan import Plan
 from minidit.cache.spec import smaller_specs
+from minidit.compiled import CompiledBlock
 from minidit.costs import count_crosses, text_macs
 from minidit.generate import Engine
 from minidit.settings import Choices
@@ -153,6 +154,13 @@ def test_every_family_with_cross_attention_makes_the_same_anew(family):
 def test_blocks_that_visit_make_theirs_while_they_are_there():
     (_, want), (_, video) = finished(None), finished(1, offload="blocks")
     assert torch.equal(video.latents, want.latents)
+
+
+def test_compiled_blocks_make_theirs_too():
+    engine = Engine("demo", device="cpu", cache_budget=1)
+    engine.block_fn = CompiledBlock(backend="eager")
+    assert torch.equal(engine.generate(PROMPT, steps=8).latents, finished(None)[1].latents)
+    assert not engine.keeps_text
 
 
 def test_a_family_whose_text_is_part_of_h_has_none_to_drop(tmp_path):
