@@ -34,7 +34,16 @@ from benchmarks.timing import wait
 from minidit.cache.spec import make_policy, parse
 from minidit.cache.trace import make_trace
 from minidit.generate import Engine
-from minidit.parallel import Agreed, World, add_critical, choose_layout, joined, largest_share, make_part
+from minidit.parallel import (
+    Agreed,
+    World,
+    add_critical,
+    choose_layout,
+    frames_of,
+    joined,
+    largest_share,
+    make_part,
+)
 from minidit.presets import find_preset
 from minidit.sampling import Outcome, denoise
 from minidit.schedules import make_schedule, make_table_schedule
@@ -79,7 +88,7 @@ def random_runner(args: argparse.Namespace, world: World | None) -> Runner:
     forward, config = subject.forward(), find_preset(args.preset).schedule
     schedule = (make_table_schedule if config.betas else make_schedule)(config, args.steps or 6)
     model, grid = subject.model, forward.context.grid
-    frames = grid[0] if "t_attn" in model.subs else 1
+    frames = frames_of(model.subs, grid[0])
     layout = None
     if world is not None:
         places = subject.tokens // frames

@@ -15,13 +15,7 @@ from minidit.families import Family, find_family
 from minidit.layers import hidden_copies
 from minidit.memory import HEAP, Stage
 from minidit.offload import SLOTS
-from minidit.parallel import (
-    ALONE,
-    Layout,
-    frames_of,
-    most_tokens,
-    part_of,
-)
+from minidit.parallel import ALONE, Layout, frames_of, most_tokens, part_of
 from minidit.presets import Defaults, HunyuanVideoConfig, OpenSoraConfig, ScheduleConfig, find_preset
 from minidit.quantize import QuantLinear, quantize_blocks
 from minidit.sampling import Forward, run_info, site_shapes
@@ -100,7 +94,8 @@ def measure(
     """Costs of a video of size (width, height, frames) in dtype.
 
     weights: of the transformer's blocks · rows: guidance branches that run as one batch · layout: of ranks
-    that share the video; memory is that of the busiest · tiled: decoding goes tile by tile
+    that share the video; memory is that of the busiest · tiled: decoding goes tile by tile · device: a CPU
+    has some activations less
     """
     family = parts.find_family()
     latent = family.latent_shape(*size)
@@ -120,7 +115,7 @@ def measure(
     decoder = family.decoder(latent[1])
     vae, item = built[decoder], types[decoder].itemsize
     activations = {
-        "transformer": step_bytes(model, frames_of(model.subs, latent), tokens, run, rows, layout, device),
+        "transformer": step_bytes(model, frames_of(model.subs, latent[1]), tokens, run, rows, layout, device),
         "vae": vae.activation_bytes(*size, item, **({"tiled": True} if tiled else {})),
     }
     return Costs(

@@ -101,7 +101,7 @@ def describe_share(parts: Parts, settings: Settings, costs: Costs, layout: Layou
     """What the busiest rank has of a step."""
     family, subs = parts.find_family(), find_class(parts.components["transformer"][0]).subs
     latent = family.latent_of(settings)
-    tokens = most_tokens(layout, costs.tokens, frames_of(subs, latent))
+    tokens = most_tokens(layout, costs.tokens, frames_of(subs, latent[1]))
     branches = len(family.branches(settings.cfg_scale)) // layout.cfg
     macs = branches * costs.macs * busiest_share(layout, family, subs, settings)
     return f"{layout}: the busiest has {tokens} video tokens and {macs / 1e12:.4g} TMAC of a full step"

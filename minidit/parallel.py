@@ -82,15 +82,15 @@ def find_layout(
 ) -> Layout:
     """How ranks share a video; ValueError where they cannot. subs, heads: of the transformer's blocks"""
     latent = family.latent_of(settings)
-    places = family.tokens(latent) // frames_of(subs, latent)
+    places = family.tokens(latent) // frames_of(subs, latent[1])
     layout = choose_layout(mode, ranks, heads, len(family.branches(settings.cfg_scale)), places)
     check_levels(settings.cache, layout)
     return layout
 
 
-def frames_of(subs: Sequence[str], latent: Sequence[int]) -> int:
-    """Frames within which tokens attend to each other; 1 where all of them do. latent: (C, T, H, W)"""
-    return latent[1] if "t_attn" in subs else 1
+def frames_of(subs: Sequence[str], frames: int) -> int:
+    """Of so many latent frames, those within which tokens attend to each other; 1 where all of them do."""
+    return frames if "t_attn" in subs else 1
 
 
 def nearest_divisors(heads: int, ranks: int) -> list[int]:
@@ -321,7 +321,7 @@ def part_of(
     groups: of this rank, from World.groups; without them the part has its shapes, and cannot run
     """
     n = layout.ulysses
-    frames = context.grid[0] if "t_attn" in model.subs else 1
+    frames = frames_of(model.subs, context.grid[0])
     places = context.grid[0] * context.grid[1] * context.grid[2] // frames
     exchange = Exchange(context.attention, share_out(places, n), rank % n, groups[0])
     branches = context.branches if layout.cfg == 1 else (context.branches[rank // n],)
@@ -427,7 +427,7 @@ def busiest_share(layout: Layout, family: Family, subs: Sequence[str], settings:
     """largest_share of a video. subs: of the transformer's blocks"""
     latent = family.latent_of(settings)
     text = 0 if "cross" in subs else family.text_len  # rows of h, which every rank has
-    return largest_share(layout, family.tokens(latent), frames_of(subs, latent), text)
+    return largest_share(layout, family.tokens(latent), frames_of(subs, latent[1]), text)
 
 
 def add_critical(
